@@ -1,0 +1,61 @@
+"""The command line: `cim data`, `cim run STAGE`, `cim params`, `cim pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cim.errors import CimError
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a CimError as one line and exit with status 2."""
+    try:
+        yield
+    except CimError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from cim import stages
+
+    parser = argparse.ArgumentParser(prog="cim", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="draw the raw inputs of the tiny profile into data/")
+    data.add_argument("--folder", type=Path, default=Path("data"))
+    run = commands.add_parser("run", help="run one stage of the pipeline on params.yaml")
+    run.add_argument("stage", choices=stages.STAGES)
+    run.add_argument("--run", help="for stage train: METHOD-SEED, as in cim-0")
+    params = commands.add_parser("params", help="print the parameters that conf/ composes")
+    pipeline = commands.add_parser("pipeline", help="run the pipeline with other parameters in a folder of its own")
+    pipeline.add_argument("folder", type=Path, help="where; made anew or gone on with")
+    pipeline.add_argument("--stages", nargs="*", default=[], help="run these stages one by one instead of 'dvc repro'")
+    pipeline.add_argument("--jobs", type=int, default=1, help="training runs at once")
+    for command in (params, pipeline):
+        command.add_argument("overrides", nargs="*", help="as in profile=smoke train.steps=20")
+    arguments = parser.parse_args(argv)
+
+    with one_line_errors():
+        if arguments.command == "data":
+            from cim.rawdata import make_raw_data
+
+            print(f"{arguments.folder}: {make_raw_data(arguments.folder, arguments.folder.with_suffix('.dvc'))}")
+        elif arguments.command == "run":
+            stages.run(arguments.stage, arguments.run)
+        elif arguments.command == "params":
+            from cim.workspace import compose, dump
+
+            print(dump(compose(arguments.overrides)), end="")
+        else:
+            from cim.workspace import run_pipeline
+
+            run_pipeline(arguments.folder, arguments.overrides, arguments.stages, arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Captions of known quality, for the study of what the rewards follow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from cim.errors import CimError
+from cim.gallery import Gallery, drop_excluded
+from cim.manifest import Manifest
+from cim.rewards import gallery_representation_consistency
+from cim.settings import require
+from cim.statistics import correlations, mean_with_interval
+from cim.world.language import FULL, Detail, corrupt, describe
+from cim.world.scenes import Scene
+from cim.world.scoring import graph_f1, score_captions
+
+SCORES = ("grc", "qir", "cim", "clipscore", "words")
+
+
+@dataclass(frozen=True)
+class CorrelationSettings:
+    """The `correlation` group."""
+
+    split: str
+    images: int
+    seed: int
+    resamples: int
+    captioner: str | None
+    fractions: list[float]
+    ks: list[int]
+
+    def __post_init__(self):
+        require(self.images >= 3, "images must be at least 3")
+        require(all(0 < f <= 1 for f in self.fractions), "fractions must lie in (0, 1]")
+        require(all(k >= 1 for k in self.ks), "ks must be at least 1")
+
+
+# From "there is an animal" to everything: what each grade keeps, each on top of the one before.
+FINENESS = {
+    "kinds": Detail(name=0, family=0, colour=0, size=0, relation=0, background=0),
+    "families": Detail(name=0, colour=0, size=0, relation=0, background=0),
+    "names": Detail(colour=0, size=0, relation=0, background=0),
+    "+ colours": Detail(size=0, relation=0, background=0),
+    "+ sizes, background": Detail(relation=0),
+    "+ relations": FULL,
+}
+MOST_ERRORS = 4
+COLUMNS = ("image_id", "ladder", "level", "label", "caption")
+
+
+def graded_captions(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:
+    """Captions of every grade for each image of a manifest with scene graphs or with human captions.
+
+    Returns:
+        Columns image_id, ladder ("fineness" or "accuracy"), level (higher is better), label, caption
+        and quality: graph F1 where the scene is known, else the level.
+    """
+    if "queries" in manifest.frame:
+        return human_ladders(manifest, rng)
+    if "scene" not in manifest.frame or manifest.frame["scene"].isna().any():
+        raise CimError(f"{manifest.name}: the study needs scene graphs or several human captions of each image")
+    rows, scenes = [], []
+    for image_id, text in zip(manifest.frame["image_id"], manifest.frame["scene"], strict=True):
+        scene = Scene.from_json(text)
+        for level, (label, detail) in enumerate(FINENESS.items()):
+            rows.append((image_id, "fineness", level, label, describe(scene, rng, detail)))
+        for errors in range(MOST_ERRORS + 1):
+            told = describe(corrupt(scene, rng, errors), rng)
+            rows.append((image_id, "accuracy", MOST_ERRORS - errors, f"{errors} errors", told))
+        scenes += [scene] * (len(FINENESS) + MOST_ERRORS + 1)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["quality"] = graph_f1(score_captions(table["caption"].tolist(), scenes, [[]] * len(table)))
+    return table
+
+
+def human_ladders(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:
+    """More, fewer, truncated, half-wrong and foreign human captions; image_ids and captions as in the manifest.
+
+    Images with fewer than two captions beside the gallery's are left out.
+    """
+    queries = {i: json.loads(q) for i, q in zip(manifest.frame["image_id"], manifest.frame["queries"], strict=True)}
+    queries = {i: q for i, q in queries.items() if len(q) >= 2}
+    if len(queries) < 3:
+        raise CimError(f"{manifest.name}: fewer than three images have three captions or more")
+    ids = list(queries)
+    # A derangement by rotation of a random order: no image is its own stranger.
+    order = rng.permutation(len(ids))
+    stranger = {ids[a]: ids[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    rows = []
+    for image_id, own in queries.items():
+        one, foreign = own[0], queries[stranger[image_id]][0]
+        words, other = one.split(), foreign.split()
+        half = " ".join(words[: len(words) // 2] + other[len(other) // 2 :])
+        rows += [
+            (image_id, "fineness", 0, "first two words", " ".join(words[:2])),
+            (image_id, "fineness", 1, "first four words", " ".join(words[:4])),
+            (image_id, "fineness", 2, "one caption", one),
+            (image_id, "fineness", 3, "all captions", " ".join(own)),
+            (image_id, "accuracy", 0, "another image's", foreign),
+            (image_id, "accuracy", 1, "half wrong", half),
+            (image_id, "accuracy", 2, "one caption", one),
+        ]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.assign(quality=table["level"].astype(float))
+
+
+def model_captions(manifest: Manifest, captions: list[str]) -> pd.DataFrame:
+    """The same table for captions that a model wrote, ladder "model"."""
+    scenes = [Scene.from_json(s) for s in manifest.frame["scene"]]
+    table = pd.DataFrame({"image_id": manifest.frame["image_id"], "ladder": "model", "level": 0, "label": "base model"})
+    table["caption"] = captions
+    return table.assign(quality=graph_f1(score_captions(captions, scenes, [[]] * len(captions))))
+
+
+def summarise(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What follows what.
+
+    Args:
+        table: graded captions with columns of SCORES.
+
+    Returns:
+        (levels, follows): the mean of each score at each level with its interval; and for each ladder
+        and score Pearson and Spearman correlation with quality, caption by caption, with intervals,
+        and `by_level`, Spearman of the level means with the level.
+    """
+    scores = [s for s in SCORES if s in table]
+    levels, follows = [], []
+    for ladder, part in table.groupby("ladder", sort=False):
+        for (level, label), cell in part.groupby(["level", "label"]):
+            for score in scores:
+                mean = mean_with_interval(cell[score].to_numpy(float), rng, resamples)
+                levels.append((ladder, level, label, score, mean["value"], *mean["interval"]))
+        for score in scores:
+            values = part[score].to_numpy(float)
+            if values.std() == 0:  # e.g. words where every caption is as long: nothing to correlate
+                continue
+            found = correlations(values, part["quality"].to_numpy(), part["image_id"].to_numpy(), rng, resamples)
+            means = part.groupby("level")[score].mean()
+            by_level = float(spearmanr(means.index, means).statistic) if len(means) > 1 else float("nan")
+            for kind in ("pearson", "spearman"):
+                follows.append((ladder, score, kind, found[kind]["value"], *found[kind]["interval"], by_level))
+    return (
+        pd.DataFrame(levels, columns=["ladder", "level", "label", "score", "mean", "low", "high"]),
+        pd.DataFrame(follows, columns=["ladder", "score", "correlation", "value", "low", "high", "by_level"]),
+    )
+
+
+def grc_by_density(
+    gallery: Gallery,
+    queries: dict[str, np.ndarray],
+    exclude: np.ndarray | None,
+    fractions: list[float],
+    ks: list[int],
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """Mean GRC of captions of each label when only a random fraction of the gallery can be retrieved.
+
+    Args:
+        queries: label -> (n, d) caption embeddings.
+        exclude: (n,) gallery row that each query may not retrieve, or None.
+
+    Returns:
+        Columns label, fraction, rows, k, grc. Combinations that the thinned gallery is too small for are left out.
+    """
+    texts = gallery.text_embeddings()
+    out = []
+    for fraction in fractions:
+        kept = np.sort(rng.choice(len(gallery), max(1, round(fraction * len(gallery))), replace=False))
+        index = faiss.IndexFlatIP(texts.shape[1])
+        index.add(texts[kept])
+        for k in ks:
+            if k + 1 > len(kept):
+                continue
+            for label, vectors in queries.items():
+                found = kept[index.search(vectors, k + 1)[1]]
+                found = found[:, :k] if exclude is None else drop_excluded(found, exclude)
+                grc = gallery_representation_consistency(gallery.image_vectors(found))
+                out.append((label, fraction, len(kept), k, float(grc.mean())))
+    return pd.DataFrame(out, columns=["label", "fraction", "rows", "k", "grc"])

@@ -1,0 +1,120 @@
+"""Stage `dataset`: any source of images and captions becomes one manifest."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from cim.errors import CimError
+from cim.manifest import COLUMNS, write_manifest
+from cim.settings import require
+from cim.world.language import describe
+from cim.world.questions import ask
+from cim.world.render import Painter, png_bytes
+from cim.world.scenes import compose_splits
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """The `dataset` group. `folder` is the raw data: sprites for the world, a data set's own layout else."""
+
+    source: str
+    folder: str
+    seed: int = 0
+    pretrain: int = 0
+    train: int = 0
+    test: int = 0
+    looks: int = 2
+    gallery_variants: int = 4
+
+    def __post_init__(self):
+        require(self.source in SOURCES, f"source '{self.source}' is not known; there are {', '.join(SOURCES)}")
+        require(min(self.pretrain, self.train, self.test) >= 0, "pretrain, train and test cannot be negative")
+        require(self.looks >= 1, "looks must be at least 1")
+        require(1 <= self.gallery_variants <= 4, "gallery_variants must be 1 to 4")
+
+
+def make_dataset(settings: DatasetSettings, out: Path) -> Path:
+    """Write the manifest, and the images where they are drawn here, to `out`; return the manifest's path."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    SOURCES[settings.source](settings, out)
+    return out / "manifest.parquet"
+
+
+def world(settings: DatasetSettings, out: Path) -> None:
+    """Scenes of the small world, drawn, captioned in full and, in the test split, asked about."""
+    rng = np.random.default_rng(settings.seed)
+    placed = compose_splits(
+        rng,
+        pretrain=settings.pretrain,
+        train=settings.train,
+        test=settings.test,
+        looks=settings.looks,
+        gallery_variants=settings.gallery_variants,
+    )
+    asked = [p.scene for p in placed if p.split == "test"]
+    questions = iter(ask(asked, rng))
+    painter = Painter(Path(settings.folder) / "objects")
+    (out / "images").mkdir()
+    rows = []
+    for i, p in enumerate(tqdm(placed, desc="drawing scenes", mininterval=2)):
+        name = f"images/{p.split}-{i:06d}.png"
+        (out / name).write_bytes(png_bytes(painter.paint(p.scene, rng)))
+        rows.append(
+            (
+                f"{p.split}-{i:06d}",
+                name,
+                describe(p.scene, rng),
+                p.split,
+                "openmoji-world",
+                p.template,
+                p.scene.to_json(),
+                json.dumps(next(questions)) if p.split == "test" else None,
+            )
+        )
+    write_manifest(pd.DataFrame(rows, columns=COLUMNS), out / "manifest.parquet")
+
+
+def flickr8k(settings: DatasetSettings, out: Path) -> None:
+    """Flickr8k's own layout: Images/ and captions.txt with the header "image,caption".
+
+    The first caption of each photo is its gallery caption; the others, as a JSON list in the column
+    `questions`' place, are kept in `queries` for the correlation study.
+    """
+    folder = Path(settings.folder).expanduser().resolve()
+    listing = folder / "captions.txt"
+    if not listing.is_file():
+        raise CimError(f"{listing}: not found; DATA should be a folder in Flickr8k's layout (Images/, captions.txt)")
+    captions: dict[str, list[str]] = {}
+    with listing.open(newline="", encoding="utf-8") as lines:
+        reader = csv.reader(lines)
+        if next(reader, None) != ["image", "caption"]:
+            raise CimError(f"{listing}: the first line should be 'image,caption'")
+        for number, row in enumerate(reader, start=2):
+            if not row:
+                continue
+            if len(row) < 2 or not row[0].strip():
+                raise CimError(f"{listing}: line {number} should be 'image,caption'")
+            if caption := ",".join(row[1:]).strip():
+                captions.setdefault(row[0].strip(), []).append(caption)
+    there = {image: texts for image, texts in captions.items() if (folder / "Images" / image).is_file()}
+    if not there:
+        raise CimError(f"{folder / 'Images'}: none of the {len(captions)} photos that {listing.name} names is there")
+    if len(there) < len(captions):
+        print(f"dataset: {len(captions) - len(there)} of {len(captions)} photos are not in {folder / 'Images'}; left out")
+    rows = [
+        (Path(image).stem, f"Images/{image}", texts[0], "gallery", "flickr8k", -1, None, None, json.dumps(texts[1:]))
+        for image, texts in there.items()
+    ]
+    write_manifest(pd.DataFrame(rows, columns=[*COLUMNS, "queries"]), out / "manifest.parquet", image_root=folder)
+
+
+SOURCES = {"world": world, "flickr8k": flickr8k}

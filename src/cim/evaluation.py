@@ -1,0 +1,179 @@
+"""Caption quality of models against the ground truth, with intervals over images and seeds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cim.generation import caption_images, load_captioner
+from cim.manifest import Manifest
+from cim.scorer import variety
+from cim.settings import require
+from cim.statistics import interval, resample_weights
+from cim.world.scenes import Scene
+from cim.world.scoring import COUNTS, FACTS, score_captions
+
+# Metrics in the order of tables; each is a ratio of sums over images, so it is exact under resampling.
+METRICS = (
+    *(f"{fact}_{kind}" for fact in (*FACTS, "all") for kind in ("precision", "recall", "f1")),
+    "qa_accuracy",
+    "qa_balanced",
+    "qa_yes",
+    "qa_no",
+    "qa_told",
+    "words",
+)
+LABELS = {
+    "base": "base",
+    "sft": "SFT, annotators' captions",
+    "sft_perfect": "SFT, perfect captions",
+    "cim": "CIM (GRC + QIR)",
+    "grc": "GRC only",
+    "qir": "QIR only",
+    "self_retrieval": "self-retrieval",
+    "clipscore": "CLIPScore",
+    "empty": "empty caption",
+    "always_yes": "always Yes",
+}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The `evaluate` group."""
+
+    base: str
+    prompt: str
+    split: str
+    max_new_tokens: int
+    seed: int
+    resamples: int
+
+    def __post_init__(self):
+        require(self.resamples >= 100, "resamples must be at least 100 for an interval")
+
+
+def caption_runs(settings: EvaluateSettings, runs: list[str], manifest: Manifest, artifacts: Path) -> pd.DataFrame:
+    """Greedy captions of the base model and of every run; columns method, seed, image_id, caption."""
+    models = {"base-0": Path(settings.base), **{run: artifacts / "train" / run for run in runs}}
+    parts = []
+    for run, folder in models.items():
+        method, _, seed = run.rpartition("-")
+        model, processor = load_captioner(folder)
+        captions = caption_images(model, processor, manifest, settings.prompt, settings.max_new_tokens, progress=False)
+        print(f"{run}: {np.mean([len(c.split()) for c in captions]):.1f} words, e.g. {captions[0]!r}", flush=True)
+        ids = manifest.frame["image_id"]
+        parts.append(pd.DataFrame({"method": method, "seed": int(seed), "image_id": ids, "caption": captions}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def with_controls(captions: pd.DataFrame) -> pd.DataFrame:
+    """Add the line of empty captions, which tells what a question's form alone gives away."""
+    ids = captions.loc[captions["method"] == "base", "image_id"]
+    empty = pd.DataFrame({"method": "empty", "seed": 0, "image_id": ids, "caption": ""})
+    return pd.concat([captions, empty], ignore_index=True)
+
+
+def image_counts(captions: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
+    """What each caption states and answers, as counts; one row a caption, in the order given."""
+    truth = manifest.frame.set_index("image_id")
+    scenes = {i: Scene.from_json(s) for i, s in truth["scene"].items()}
+    questions = {i: json.loads(q) for i, q in truth["questions"].items()}
+    ids = captions["image_id"]
+    scores = score_captions(captions["caption"].tolist(), [scenes[i] for i in ids], [questions[i] for i in ids])
+    out = scores[[f"{fact}_{count}" for fact in FACTS for count in COUNTS]].astype(float)
+    for given in ("yes", "no"):
+        columns = [c for c in scores if c.startswith("qa_") and c.endswith(f"_{given}")]
+        out[f"{given}_right"] = scores[columns].sum(axis=1)
+        out[f"{given}_asked"] = scores[columns].notna().sum(axis=1)
+    out["told"] = scores[[c for c in scores if c.startswith("told_")]].sum(axis=1)
+    out["words"] = scores["words"]
+    out["one"] = 1.0
+    return pd.concat([captions[["method", "seed", "image_id"]].reset_index(drop=True), out], axis=1)
+
+
+def metrics_of(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """METRICS from summed counts; arrays of any one shape in, the same shape out, NaN where nothing is counted."""
+
+    def over(a, b):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(b > 0, a / b, np.nan)
+
+    t = {**totals, **{f"all_{c}": sum(totals[f"{fact}_{c}"] for fact in FACTS) for c in COUNTS}}
+    out = {}
+    for fact in (*FACTS, "all"):
+        # Nothing stated is nothing wrong, but F1 is then 0, not undefined.
+        precision, recall = over(t[f"{fact}_correct"], t[f"{fact}_stated"]), over(t[f"{fact}_recalled"], t[f"{fact}_true"])
+        safe = np.nan_to_num(precision)
+        f1 = np.nan_to_num(over(2 * safe * recall, safe + recall))
+        out |= {f"{fact}_precision": precision, f"{fact}_recall": recall, f"{fact}_f1": f1}
+    asked = t["yes_asked"] + t["no_asked"]
+    yes, no = over(t["yes_right"], t["yes_asked"]), over(t["no_right"], t["no_asked"])
+    out |= {
+        "qa_accuracy": over(t["yes_right"] + t["no_right"], asked),
+        "qa_balanced": (yes + no) / 2,
+        "qa_yes": yes,
+        "qa_no": no,
+        "qa_told": over(t["told"], asked),
+        "words": over(t["words"], t["one"]),
+    }
+    return out
+
+
+def evaluate(counts: pd.DataFrame, seed: int, resamples: int, against: str = "base") -> dict[str, dict]:
+    """Each method's metrics with 95 % intervals, and its gain over `against`, paired over images.
+
+    A bootstrap resample draws images, the same for every method, and within a method draws its seeds.
+
+    Returns:
+        {method: {"seeds": [...], "images": n, "metrics": {name: {"value", "interval", "gain",
+        "gain_interval"}}}}.
+    """
+    rng = np.random.default_rng(seed)
+    names = [c for c in counts if c not in ("method", "seed", "image_id")]
+    ids = sorted(counts["image_id"].unique())
+    weights = resample_weights(len(ids), resamples, rng)
+
+    def bootstrap(method: str) -> tuple[list[int], dict, dict]:
+        runs = {s: p.set_index("image_id").loc[ids, names].to_numpy(float) for s, p in counts[counts["method"] == method].groupby("seed")}
+        stacked = np.stack(list(runs.values()))  # (seeds, images, counts)
+        drawn = resample_weights(len(runs), resamples, rng)
+        totals = np.einsum("bs,bi,sic->bc", drawn, weights, stacked, optimize=True)
+        value = metrics_of(dict(zip(names, stacked.sum((0, 1)), strict=True)))
+        samples = metrics_of(dict(zip(names, totals.T, strict=True)))
+        return [int(s) for s in runs], value, samples
+
+    _, base_value, base_samples = bootstrap(against)
+    out = {}
+    for method in counts["method"].unique():
+        seeds, value, samples = bootstrap(method) if method != against else ([0], base_value, base_samples)
+        cells = {}
+        for name in METRICS:
+            cell = {"value": float(value[name]), "interval": interval(samples[name])}
+            if method != against:
+                cell["gain"] = float(value[name] - base_value[name])
+                cell["gain_interval"] = interval(samples[name] - base_samples[name])
+            cells[name] = cell
+        out[method] = {"seeds": seeds, "images": len(ids), "metrics": cells}
+    return out
+
+
+def always_yes(manifest: Manifest) -> dict[str, float]:
+    """What a reader that always says Yes would score on the questions."""
+    answers = [q["answer"] for asked in manifest.frame["questions"] for q in json.loads(asked)]
+    yes = float(np.mean([a == "yes" for a in answers]))
+    return {"qa_accuracy": yes, "qa_balanced": 0.5}
+
+
+def collapse(captions: pd.DataFrame) -> pd.DataFrame:
+    """What shows a collapse, for each method and seed: distinct captions, the most common one's share, words."""
+    rows = [{"method": m, "seed": s, **variety(p["caption"])} for (m, s), p in captions.groupby(["method", "seed"], sort=False)]
+    return pd.DataFrame(rows)
+
+
+def clear_of(metrics: dict[str, dict], method: str, other: str, name: str) -> bool:
+    """Whether the 95 % interval of `method` lies wholly above that of `other`."""
+    return metrics[method]["metrics"][name]["interval"][0] > metrics[other]["metrics"][name]["interval"][1]

@@ -1,0 +1,132 @@
+"""Tables of the results page: what results/ holds, beside what the paper reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from cim.evaluation import LABELS, clear_of
+
+HEADLINE = {
+    "relation_recall": "relations: recall",
+    "relation_precision": "relations: precision",
+    "object_recall": "objects: recall",
+    "object_precision": "objects: precision",
+    "attribute_recall": "attributes: recall",
+    "background_recall": "background: recall",
+    "qa_accuracy": "questions: accuracy",
+    "qa_balanced": "questions: balanced accuracy",
+}
+
+# arXiv 2603.01696, COCO-LN500: model + CIM, with the gains over the base model as reported there.
+REPORTED = {
+    "Qwen2.5-VL-7B": {"CAPTURE": 48.93, "relation QA": 44.15, "relation recall gain": "+20.2", "relation QA gain": "+20.4"},
+    "Qwen2-VL-7B": {"CAPTURE": 48.64, "relation QA": 38.71, "relation recall gain": "+10.4", "relation QA gain": "+18.2"},
+    "LLaVA-1.5-7B": {"CAPTURE": 48.62, "relation QA": 24.98, "relation recall gain": "+12.6", "relation QA gain": "+10.6"},
+    "InternVL3-8B": {"CAPTURE": 48.90, "relation QA": 38.67, "relation recall gain": "+10.0", "relation QA gain": "+12.2"},
+}
+
+
+def _read(path: Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def _cell(cell: dict, scale: float = 100) -> str:
+    low, high = cell["interval"]
+    return f"{scale * cell['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+def correlation_table(path: Path) -> pd.DataFrame:
+    """Spearman with quality by ladder and score."""
+    found = _read(path)
+    rows = [
+        {
+            "ladder": ladder,
+            "score": score,
+            "Spearman": f"{c['value']:.2f} [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]",
+            "by level": "" if c["by_level"] != c["by_level"] or c["by_level"] is None else f"{c['by_level']:.2f}",
+        }
+        for ladder, scores in found["spearman"].items()
+        for score, c in scores.items()
+    ]
+    return pd.DataFrame(rows).set_index(["ladder", "score"])
+
+
+def methods_table(path: Path) -> pd.DataFrame:
+    """Methods by headline metric, in percent with intervals."""
+    found = _read(path)
+    rows = {}
+    for method in LABELS:
+        if method in found["methods"]:
+            result = found["methods"][method]
+            rows[LABELS[method]] = {
+                "seeds": len(result["seeds"]),
+                **{title: _cell(result["metrics"][name]) for name, title in HEADLINE.items()},
+                "words": _cell(result["metrics"]["words"], 1),
+            }
+    rows[LABELS["always_yes"]] = {HEADLINE[k]: f"{100 * v:.1f}" for k, v in found["always_yes"].items()}
+    return pd.DataFrame(rows).T.fillna("")
+
+
+def long_table(path: Path) -> pd.DataFrame:
+    """Columns method, metric, value, low, high; for figures.metrics_figure."""
+    return pd.DataFrame(
+        [
+            {"method": m, "metric": k, "value": c["value"], "low": c["interval"][0], "high": c["interval"][1]}
+            for m, r in _read(path)["methods"].items()
+            if m != "empty"
+            for k, c in r["metrics"].items()
+        ]
+    )
+
+
+def beside_the_paper(path: Path) -> pd.DataFrame:
+    """The paper's rows, marked as reported, and ours; the units differ, as the page says."""
+    found = _read(path)["methods"]
+    rows = [{"source": "reported in the paper", "model": f"{m} + CIM", **values} for m, values in REPORTED.items()]
+    if "cim" in found:
+        cim = found["cim"]["metrics"]
+        rows.append(
+            {
+                "source": f"measured here, {len(found['cim']['seeds'])} seed(s)",
+                "model": "FastVLM, 1.5 M parameters + CIM",
+                "CAPTURE": "not measured",
+                "relation QA": f"{_cell(cim['qa_accuracy'])} (all questions)",
+                "relation recall gain": f"{100 * cim['relation_recall']['gain']:+.1f}",
+                "relation QA gain": f"{100 * cim['qa_accuracy']['gain']:+.1f} (all questions)",
+            }
+        )
+    return pd.DataFrame(rows).set_index(["source", "model"])
+
+
+def claims(evaluation: Path, correlation: Path) -> list[dict]:
+    """The paper's claims that these results can test, each with the figures and whether it held."""
+    methods = _read(evaluation)["methods"]
+    follows = _read(correlation)["spearman"]
+    out = []
+    for score, ladder in (("grc", "fineness"), ("qir", "fineness"), ("qir", "accuracy"), ("grc", "accuracy")):
+        if score in follows.get(ladder, {}):
+            value = follows[ladder][score]["by_level"]
+            out.append({"claim": f"{score.upper()} rises with {ladder} (by level, at least 0.9)", "measured": f"{value:.2f}", "held": value >= 0.9})
+    if "cim" not in methods:
+        return out
+
+    def gain(method: str, name: str) -> str:
+        cell, base = methods[method]["metrics"][name], methods["base"]["metrics"][name]
+        return f"{_cell(base)} to {_cell(cell)}"
+
+    for name, what in (("relation_recall", "relation recall"), ("qa_accuracy", "questions answered")):
+        out.append({"claim": f"CIM beats its base on {what}, intervals apart", "measured": gain("cim", name), "held": clear_of(methods, "cim", "base", name)})
+    cell, base = methods["cim"]["metrics"]["relation_recall"], methods["base"]["metrics"]["relation_recall"]
+    relative = cell["gain"] / base["value"]
+    out.append({"claim": "relation recall gains at least 20 % relative", "measured": f"{relative:+.0%}", "held": relative >= 0.2})
+    for name, what in (("object_precision", "object"), ("attribute_precision", "attribute"), ("relation_precision", "relation")):
+        held = methods["cim"]["metrics"][name]["gain_interval"][1] >= 0
+        out.append({"claim": f"{what} precision does not fall", "measured": gain("cim", name), "held": held})
+    for rival in ("grc", "qir", "sft", "self_retrieval", "clipscore"):
+        if rival in methods:
+            ours, theirs = methods["cim"]["metrics"]["all_f1"], methods[rival]["metrics"]["all_f1"]
+            out.append({"claim": f"CIM beats {LABELS[rival]} on F1 of all facts", "measured": f"{_cell(ours)} against {_cell(theirs)}", "held": ours["value"] > theirs["value"]})
+    return out

@@ -1,0 +1,97 @@
+"""CIM's rewards as pure functions of embeddings (arXiv 2603.01696), and the rival rewards it is compared with.
+
+All embeddings are L2-normalised along their last axis; n captions, k retrieved images, d dimensions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def gallery_representation_consistency(retrieved: np.ndarray) -> np.ndarray:
+    """GRC, the mean resultant length of each caption's retrieved images: how alike they are.
+
+        GRC(c) = || 1/K sum_r u(x_r) ||
+
+    Args:
+        retrieved: (n, k, d) image embeddings.
+
+    Returns:
+        (n,) values in [0, 1]; 1 where all k images point the same way.
+    """
+    return np.linalg.norm(retrieved.mean(axis=1), axis=-1)
+
+
+def rank_weights(k: int, decay: float = 0.5) -> np.ndarray:
+    """lambda(r) = decay^(r-1) for ranks r = 1..k, as (k,); the published schedule halves with each rank."""
+    return decay ** np.arange(k, dtype=np.float64)
+
+
+def query_gallery_image_relevance(source: np.ndarray, retrieved: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """QIR, the rank-weighted similarity of the retrieved images to the source image.
+
+        QIR(v, c) = sum_r lambda(r) <u(v), u(x_r)>
+
+    Args:
+        source: (n, d) embedding of each caption's source image.
+        retrieved: (n, k, d) embeddings of its retrieved images, best first.
+        weights: (k,) lambda(r). They are not normalised: the range is +- their sum (1.75 at K = 3).
+
+    Returns:
+        (n,) values in [-sum(weights), sum(weights)].
+    """
+    return np.einsum("nd,nkd,k->n", source, retrieved, weights)
+
+
+def cim(grc: np.ndarray, qir: np.ndarray, beta: float = 1.0) -> np.ndarray:
+    """The CIM reward Y(v, c) = GRC(c) + beta * QIR(v, c)."""
+    return grc + beta * qir
+
+
+def clipscore(text: np.ndarray, source: np.ndarray, w: float = 2.5) -> np.ndarray:
+    """CLIPScore (arXiv 2104.08718): w * max(cos(text, image), 0).
+
+    Args:
+        text: (n, d) caption embeddings by the text tower of the image encoder.
+        source: (n, d) source image embeddings.
+
+    Returns:
+        (n,) values in [0, w].
+    """
+    return w * np.maximum(np.einsum("nd,nd->n", text, source), 0.0)
+
+
+def self_retrieval(text: np.ndarray, source: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """How high the source image ranks among the gallery's images when the caption searches them directly.
+
+        SR(v, c) = 1 - log(rank) / log(N + 1)
+
+    The rank is 1 where no gallery image is nearer to the caption than the source is, N + 1 where all are.
+    The logarithm keeps a slope where the reciprocal rank would be flat.
+
+    Args:
+        text: (n, d) caption embeddings by the text tower of the image encoder.
+        source: (n, d) source image embeddings.
+        gallery: (N, d) gallery image embeddings.
+
+    Returns:
+        (n,) values in [0, 1].
+    """
+    own = np.einsum("nd,nd->n", text, source)
+    # A margin above rounding, so that a source that is itself in the gallery does not outrank itself.
+    rank = 1 + (text @ gallery.T > own[:, None] + 1e-3).sum(axis=1)
+    return 1.0 - np.log(rank) / np.log(len(gallery) + 1)
+
+
+def group_advantages(rewards: np.ndarray, group_size: int, epsilon: float = 1e-4) -> np.ndarray:
+    """GRPO's advantage A = (Y - mean(Y)) / (std(Y) + epsilon) within each group of captions of one image.
+
+    Args:
+        rewards: (n,) rewards, the captions of one image next to each other; n a multiple of `group_size`.
+
+    Returns:
+        (n,) advantages.
+    """
+    groups = rewards.reshape(-1, group_size)
+    spread = groups.std(axis=1, ddof=1, keepdims=True)
+    return ((groups - groups.mean(axis=1, keepdims=True)) / (spread + epsilon)).reshape(-1)

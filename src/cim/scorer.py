@@ -1,0 +1,150 @@
+"""From captions to rewards: one pass of search and gather for a batch, and the callable that TRL takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cim import rewards
+from cim.encoders import ImageEncoder, TextEncoder
+from cim.errors import CimError
+from cim.gallery import Gallery
+from cim.manifest import Manifest
+from cim.settings import require
+
+REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """The `reward` group: K images are retrieved; CIM = GRC + beta * QIR; lambda(r) = decay^(r-1)."""
+
+    k: int = 3
+    beta: float = 1.0
+    decay: float = 0.5
+    exclude_source: bool = True
+
+    def __post_init__(self):
+        require(self.k >= 1, f"k must be at least 1, not {self.k}")
+        require(self.beta >= 0, f"beta cannot be negative, as {self.beta} is")
+        require(0 < self.decay <= 1, f"decay must lie in (0, 1], unlike {self.decay}")
+
+
+class Scorer:
+    """Scores captions of source images against a gallery."""
+
+    def __init__(self, gallery: Gallery, text: TextEncoder, image: ImageEncoder, settings: RewardSettings):
+        self.gallery, self.text, self.image, self.settings = gallery, text, image, settings
+        self.weights = rewards.rank_weights(settings.k, settings.decay)
+        self._sources: dict[str, np.ndarray] = {}
+        self._gallery_images: np.ndarray | None = None
+
+    def add_sources(self, manifest: Manifest, progress: bool = False) -> None:
+        """Embed the images of a manifest, so that captions of them can be scored by image_id.
+
+        Images that are in the gallery keep the embedding they have there.
+        """
+        in_gallery = self.gallery.rows_of(manifest.frame["image_id"])
+        ids = manifest.frame["image_id"].to_numpy()
+        known = in_gallery >= 0
+        self._sources.update(zip(ids[known], self.gallery.image_vectors(in_gallery[known]), strict=True))
+        rest = manifest.take(np.flatnonzero(~known))
+        vectors = self.image.encode(rest.image_paths, progress=progress)
+        self._sources.update(zip(rest.frame["image_id"], vectors, strict=True))
+
+    def source_vectors(self, image_ids: Sequence[str]) -> np.ndarray:
+        """(n, d) embeddings of source images that were added."""
+        try:
+            return np.stack([self._sources[image_id] for image_id in image_ids])
+        except KeyError as error:
+            raise CimError(f"image '{error.args[0]}' is not among the source images; add its manifest first") from None
+
+    def retrieve(self, captions: Sequence[str], image_ids: Sequence[str] | None = None) -> np.ndarray:
+        """(n, k) gallery rows retrieved by each caption; repeated captions are encoded once."""
+        distinct, inverse = np.unique(np.asarray(captions, dtype=object), return_inverse=True)
+        exclude = None
+        if self.settings.exclude_source and image_ids is not None:
+            exclude = self.gallery.rows_of(image_ids)
+        return self.gallery.search(self.text.encode(distinct.tolist())[inverse], self.settings.k, exclude)
+
+    def retrieval_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
+        """GRC, QIR and CIM of each caption, columns grc, qir, cim.
+
+        An empty caption retrieves nothing and gets the lowest value of each.
+        """
+        spoken = np.array([bool(c.strip()) for c in captions], dtype=bool)
+        grc = np.zeros(len(spoken))
+        qir = np.full(len(spoken), -self.weights.sum())
+        if spoken.any():
+            said = [c for c, s in zip(captions, spoken, strict=True) if s]
+            of = [i for i, s in zip(image_ids, spoken, strict=True) if s]
+            retrieved = self.gallery.image_vectors(self.retrieve(said, of))
+            grc[spoken] = rewards.gallery_representation_consistency(retrieved)
+            qir[spoken] = rewards.query_gallery_image_relevance(self.source_vectors(of), retrieved, self.weights)
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": rewards.cim(grc, qir, self.settings.beta)})
+
+    def paired_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
+        """The rivals that compare text and image directly, columns clipscore, self_retrieval; 0 where empty.
+
+        Raises:
+            CimError: where the image encoder has no text tower.
+        """
+        if self._gallery_images is None:
+            self._gallery_images = self.gallery.image_vectors(np.arange(len(self.gallery)))
+        spoken = np.array([bool(c.strip()) for c in captions], dtype=bool)
+        text = self.image.encode_text(list(captions))
+        source = self.source_vectors(image_ids)
+        return pd.DataFrame(
+            {
+                "clipscore": np.where(spoken, rewards.clipscore(text, source), 0.0),
+                "self_retrieval": np.where(spoken, rewards.self_retrieval(text, source, self._gallery_images), 0.0),
+            }
+        )
+
+
+def trl_reward(scorer: Scorer, name: str):
+    """The reward `name` as TRL calls it: a batch of completions and the data set's columns in, floats out.
+
+    GRC and QIR are logged beside it whatever is optimised, and how varied the completions are.
+
+    Raises:
+        CimError: for an unknown name.
+    """
+    if name not in REWARDS:
+        raise CimError(f"reward '{name}' is not known; there are {', '.join(REWARDS)}")
+
+    def reward(completions, image_id, log_metric=None, **columns) -> list[float]:
+        captions = [completion_text(c) for c in completions]
+        scores = scorer.retrieval_scores(captions, image_id)
+        if name not in scores:
+            scores = scores.join(scorer.paired_scores(captions, image_id))
+        if log_metric is not None:
+            for column in scores:
+                log_metric(f"score/{column}", float(scores[column].mean()))
+            for key, value in variety(captions).items():
+                log_metric(f"variety/{key}", value)
+        return scores[name].tolist()
+
+    reward.__name__ = name
+    return reward
+
+
+def completion_text(completion) -> str:
+    """The text of a completion, plain or conversational."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def variety(captions: Sequence[str]) -> dict[str, float]:
+    """What shows a collapse: share of distinct captions, share of the most common one, mean words."""
+    counts = pd.Series(list(captions)).value_counts()
+    return {
+        "distinct": len(counts) / len(captions),
+        "most_common": float(counts.iloc[0]) / len(captions),
+        "words": float(np.mean([len(c.split()) for c in captions])),
+    }

@@ -1,0 +1,112 @@
+"""The stages of dvc.yaml: each reads its group of params.yaml and either calls a module or runs a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from cim.errors import CimError
+from cim.settings import group, read_params
+
+ARTIFACTS, RESULTS, REPORTS = Path("artifacts"), Path("results"), Path("reports")
+MANIFEST = ARTIFACTS / "dataset" / "manifest.parquet"
+
+# Notebook stage -> the groups of params.yaml it is given: its own unpacked, the others whole.
+NOTEBOOKS = {
+    "gallery": ("encoders",),
+    "correlation": ("encoders",),
+    "train": ("reward", "sft"),
+    "evaluate": ("runs",),
+    "results": (),
+}
+
+
+def run(stage: str, training_run: str | None = None) -> None:
+    """Run one stage in the current folder."""
+    params = read_params()
+    if stage in _SCRIPTS:
+        _SCRIPTS[stage](params)
+        return
+    if stage == "train" and training_run is None:
+        raise CimError("stage train: say which with --run METHOD-SEED, as in --run cim-0")
+    run_notebook(stage, notebook_parameters(stage, params, training_run), f"{stage}-{training_run}" if training_run else stage)
+
+
+def notebook_parameters(stage: str, params: dict, training_run: str | None = None) -> dict:
+    """What Papermill sets in the notebook's cell tagged "parameters"."""
+    missing = [name for name in (stage, *NOTEBOOKS[stage]) if name not in params]
+    if missing:
+        raise CimError(f"params.yaml: group '{missing[0]}' is missing; stage {stage} needs it")
+    own = dict(params[stage] or {}) if stage != "train" else {"run": training_run, "train": params["train"]}
+    return {**own, **{name: params[name] for name in NOTEBOOKS[stage]}}
+
+
+def run_notebook(stage: str, parameters: dict, report: str) -> None:
+    """Execute notebooks/<stage>.ipynb into reports/, which keeps the outputs also where a cell fails.
+
+    Raises:
+        CimError: with the failing cell's error in one line.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    REPORTS.mkdir(exist_ok=True)
+    os.environ.setdefault("TQDM_MININTERVAL", "5")
+    target = REPORTS / f"{report}.ipynb"
+    try:
+        papermill.execute_notebook(
+            f"notebooks/{stage}.ipynb",
+            str(target),
+            parameters=parameters,
+            kernel_name="python3",
+            log_output=True,
+            progress_bar=False,
+        )
+    except PapermillExecutionError as error:
+        what = error.evalue if error.ename == "CimError" else f"{error.ename}: {error.evalue}"
+        raise CimError(f"{' '.join(what.split())[:500]} (see {target})") from None
+
+
+def write_metrics(path: Path, metrics: dict) -> None:
+    """Write a metrics file of results/, rounded to what is meaningful, so that diffs are readable."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(metrics), indent=1) + "\n")
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {str(k): _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return round(float(value), 5) if hasattr(value, "__float__") and not isinstance(value, (int, str)) else value
+
+
+def _dataset(params: dict) -> None:
+    from cim.dataset import DatasetSettings, make_dataset
+
+    make_dataset(group(DatasetSettings, params.get("dataset"), "dataset"), ARTIFACTS / "dataset")
+
+
+def _encoder(params: dict) -> None:
+    from cim.encoder_training import EncoderTrainingSettings, train_encoder
+    from cim.manifest import read_manifest
+
+    settings = group(EncoderTrainingSettings, params.get("encoder"), "encoder")
+    metrics = train_encoder(read_manifest(MANIFEST).split("pretrain"), settings, ARTIFACTS / "encoder")
+    write_metrics(RESULTS / "encoder" / "metrics.json", metrics)
+    print(metrics)
+
+
+def _captioner(params: dict) -> None:
+    from cim.captioner import CaptionerSettings, train_captioner
+    from cim.manifest import read_manifest
+
+    settings = group(CaptionerSettings, params.get("captioner"), "captioner")
+    curve = train_captioner(read_manifest(MANIFEST).split("pretrain"), ARTIFACTS / "encoder", settings, ARTIFACTS / "captioner")
+    write_metrics(RESULTS / "captioner" / "loss.json", {"curve": curve})
+
+
+_SCRIPTS = {"dataset": _dataset, "encoder": _encoder, "captioner": _captioner}
+STAGES = (*_SCRIPTS, *NOTEBOOKS)

@@ -1,0 +1,65 @@
+"""Bootstrap intervals over images, vectorised."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import rankdata
+
+LEVEL = 0.95
+
+
+def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """(resamples, n) how often each of n items is drawn in each bootstrap resample."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """[low, high], the central 95 % of bootstrap samples; NaNs (empty denominators) are passed over."""
+    tail = (1 - LEVEL) / 2
+    return [float(q) for q in np.nanquantile(samples, [tail, 1 - tail])]
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """A ratio of sums over images, and its bootstrap samples.
+
+    Args:
+        numerator, denominator: (n,) per image.
+        weights: (resamples, n) from `resample_weights`.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator)
+
+
+def correlations(
+    score: np.ndarray, quality: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+) -> dict[str, dict]:
+    """Pearson and Spearman correlation with bootstrap intervals over images (all captions of one image together).
+
+    Args:
+        score, quality: (n,) per caption.
+        images: (n,) which image each caption is of.
+
+    Returns:
+        {"pearson": {"value", "interval"}, "spearman": {...}}.
+    """
+    _, codes = np.unique(images, return_inverse=True)
+    weights = resample_weights(codes.max() + 1, resamples, rng)[:, codes]
+    out = {}
+    for name, (x, y) in {
+        "pearson": (score, quality),
+        # Ranks are those of the full sample; ranking each resample anew moves the interval in the third digit.
+        "spearman": (rankdata(score), rankdata(quality)),
+    }.items():
+        x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
+        total = weights.sum(1)
+        mx, my = weights @ x / total, weights @ y / total
+        cov = weights @ (x * y) / total - mx * my
+        samples = cov / np.sqrt((weights @ x**2 / total - mx**2) * (weights @ y**2 / total - my**2))
+        out[name] = {"value": float((x * y).mean()), "interval": interval(samples)}
+    return out
+
+
+def mean_with_interval(values: np.ndarray, rng: np.random.Generator, resamples: int = 1000) -> dict:
+    """{"value", "interval"} of a mean over items."""
+    samples = resample_weights(len(values), resamples, rng) @ values / len(values)
+    return {"value": float(values.mean()), "interval": interval(samples)}

@@ -1,0 +1,99 @@
+"""Profiles: composing params.yaml from conf/, and running the pipeline with other parameters beside the default one.
+
+`cim pipeline runs/smoke profile=smoke` copies what git tracks to runs/smoke, writes the composed
+parameters there and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of a former
+run are taken from it, and the default workspace is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from cim.errors import CimError
+
+CONF = Path("conf")
+HEADER = "# The active parameters, composed from conf/ by 'cim params'; README.md says how to change them.\n"
+
+
+def compose(overrides: list[str], conf: Path = CONF) -> dict:
+    """Compose conf/config.yaml with overrides, as `dvc exp run -S` does.
+
+    Raises:
+        CimError: for an unknown profile or parameter.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not (conf / "config.yaml").is_file():
+        raise CimError(f"{conf}/config.yaml: not found; run from the repository's root")
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base=None):
+            return OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise CimError(f"parameters: {' '.join(str(error).split())[:300]}") from None
+
+
+def dump(params: dict) -> str:
+    """Parameters as the text of params.yaml."""
+    return HEADER + yaml.safe_dump(params, sort_keys=False, width=100)
+
+
+def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: int) -> None:
+    """Run the pipeline, or only some stages, in a workspace of its own.
+
+    Args:
+        folder: the workspace; what it already computed is kept.
+        stages: run these one after the other without DVC; none for `dvc repro`.
+        jobs: training runs at once, each on its share of the cores.
+
+    Raises:
+        CimError: where a stage fails.
+    """
+    params = compose(overrides)
+    prepare(folder, params)
+    cim = [sys.executable, "-m", "cim.cli"]
+    _check(cim + ["data"] if params["dataset"]["source"] == "world" else None, folder)
+    if stages:
+        for stage in stages:
+            _check([*cim, "run", stage], folder)
+        return
+    dvc = [sys.executable, "-m", "dvc", "repro"]
+    if jobs > 1:
+        _check([*dvc, "gallery", "captioner"], folder)
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        runs = [f"train@{run}" for run in (*params["runs"]["grpo"], *params["runs"]["sft"])]
+        with ThreadPoolExecutor(jobs) as pool:
+            for done in [pool.submit(_check, [*dvc, "--single-item", run], folder, env) for run in runs]:
+                done.result()
+    _check(dvc, folder)
+
+
+def prepare(folder: Path, params: dict) -> None:
+    """Make `folder` a copy of what git tracks here, with these parameters and this DVC cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tracked = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, tracked):
+        # Results and the lock of the default run are not this run's.
+        if Path(name).is_file() and not name.startswith("results/") and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(name, folder / name)
+    (folder / "params.yaml").write_text(dump(params), encoding="utf-8")
+    if not (folder / ".git").exists():
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    cache = Path(".dvc/cache").resolve()
+    subprocess.run([sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache)], cwd=folder, check=True)
+
+
+def _check(command: list[str] | None, folder: Path, env: dict | None = None) -> None:
+    if command and subprocess.run(command, cwd=folder, env=env, check=False).returncode != 0:
+        raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; mend what it says above and run the same again")

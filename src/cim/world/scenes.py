@@ -1,0 +1,148 @@
+"""Scene graphs: what is in an image of the small world, and how sets of scenes are drawn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, SIZES
+
+CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column) in reading order
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: what it is, how it looks, and the cell of the 2 x 2 layout it sits in."""
+
+    name: str
+    colour: str
+    size: str
+    cell: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order, no two of one family, before one background."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+
+    def relations(self) -> list[tuple[str, str, str]]:
+        """(subject, relation, object) for each pair, the subject first in reading order."""
+        return [(a.name, relation_between(a.cell, b.cell), b.name) for a, b in combinations(self.objects, 2)]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Scene:
+        raw = json.loads(text)
+        objects = (SceneObject(**{**o, "cell": tuple(o["cell"])}) for o in raw["objects"])
+        return Scene(tuple(objects), raw["background"])
+
+
+def relation_between(a: tuple[int, int], b: tuple[int, int]) -> str:
+    """How the thing in cell `a` stands to the thing in cell `b`, `a` first in reading order."""
+    rows, columns = b[0] - a[0], b[1] - a[1]
+    if rows == 0:
+        return "left of"
+    if columns == 0:
+        return "above"
+    return "above left of" if columns > 0 else "above right of"
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """Two or three objects of different families in different cells."""
+    count = int(rng.integers(2, 4))
+    families = rng.choice(list(FAMILIES), size=count, replace=False)
+    cells = sorted(rng.choice(len(CELLS), size=count, replace=False))
+    objects = tuple(
+        SceneObject(
+            name=str(rng.choice(list(FAMILIES[family]))),
+            colour=str(rng.choice(list(COLOURS))),
+            size=str(rng.choice(SIZES)),
+            cell=CELLS[cell],
+        )
+        for family, cell in zip(families, cells, strict=True)
+    )
+    return Scene(objects, str(rng.choice(BACKGROUNDS)))
+
+
+def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same objects in the same places with colours, sizes and background drawn anew."""
+    objects = tuple(
+        replace(o, colour=str(rng.choice(list(COLOURS))), size=str(rng.choice(SIZES))) for o in scene.objects
+    )
+    return Scene(objects, str(rng.choice(BACKGROUNDS)))
+
+
+def near_duplicates(scene: Scene) -> list[Scene]:
+    """Every scene that differs from this one in one size or in the background."""
+    flipped = []
+    for i, o in enumerate(scene.objects):
+        other = replace(o, size="small" if o.size == "large" else "large")
+        flipped.append(replace(scene, objects=(*scene.objects[:i], other, *scene.objects[i + 1 :])))
+    return flipped + [replace(scene, background=b) for b in BACKGROUNDS if b != scene.background]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A scene with its split and the template it came from (-1 where it stands alone)."""
+
+    scene: Scene
+    split: str
+    template: int
+
+
+def compose_splits(
+    rng: np.random.Generator,
+    *,
+    pretrain: int,
+    train: int,
+    test: int,
+    looks: int,
+    gallery_variants: int,
+) -> list[Placed]:
+    """Draw every split so that no scene graph occurs twice in the whole data set.
+
+    A gallery is dense where it holds near-duplicates, so train and test scenes come from templates
+    (objects and their places) that appear in `looks` colourings, each as `gallery_variants` gallery
+    scenes that differ in one detail. The train and test scenes are further such variants, held out.
+    Train and test share no template; pretrain scenes are independent of all.
+
+    Args:
+        pretrain, train, test: scenes in each split; train and test must be multiples of `looks`.
+        looks: colourings of each template.
+        gallery_variants: gallery scenes of each colouring; 4 at most, as the sparsest scene has six variants.
+    """
+    held_out = {"train": 2, "test": 1}  # of each colouring: more for training, where images are cheap
+    placed: list[Placed] = []
+    seen: set[Scene] = set()
+    template = 0
+    for split, wanted in (("train", train), ("test", test)):
+        made = 0
+        while made < wanted:
+            outline = random_scene(rng)
+            for _ in range(looks):
+                look = recoloured(outline, rng)
+                variants = [look, *near_duplicates(look)]
+                if made >= wanted or seen.intersection(variants):
+                    continue
+                variants = [variants[i] for i in rng.permutation(len(variants))]
+                seen.update(variants)
+                own = min(held_out[split], wanted - made)
+                placed += [Placed(s, split, template) for s in variants[:own]]
+                placed += [Placed(s, "gallery", template) for s in variants[own : own + gallery_variants]]
+                made += own
+            template += 1
+    alone = 0
+    while alone < pretrain:
+        scene = random_scene(rng)
+        if scene not in seen:
+            seen.add(scene)
+            placed.append(Placed(scene, "pretrain", -1))
+            alone += 1
+    return placed
