@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from cim.encoder_training import bfloat16_if_fast, load_pixels
-from cim.encoders import default_device
+from cim.encoder_training import load_pixels
+from cim.encoders import bfloat16_if_fast, default_device
 from cim.errors import CimError
 from cim.manifest import Manifest
 from cim.settings import require

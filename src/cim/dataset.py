@@ -31,14 +31,17 @@ class DatasetSettings:
     pretrain: int = 0
     train: int = 0
     test: int = 0
+    min_objects: int = 3
+    max_objects: int = 3
     looks: int = 2
     gallery_variants: int = 4
 
     def __post_init__(self):
         require(self.source in SOURCES, f"source '{self.source}' is not known; there are {', '.join(SOURCES)}")
         require(min(self.pretrain, self.train, self.test) >= 0, "pretrain, train and test cannot be negative")
+        require(2 <= self.min_objects <= self.max_objects <= 4, "objects must be 2 to 4, min_objects no more than max_objects")
         require(self.looks >= 1, "looks must be at least 1")
-        require(1 <= self.gallery_variants <= 4, "gallery_variants must be 1 to 4")
+        require(self.gallery_variants >= 1, "gallery_variants must be at least 1")
 
 
 def make_dataset(settings: DatasetSettings, out: Path) -> Path:
@@ -59,6 +62,7 @@ def world(settings: DatasetSettings, out: Path) -> None:
         test=settings.test,
         looks=settings.looks,
         gallery_variants=settings.gallery_variants,
+        objects=(settings.min_objects, settings.max_objects),
     )
     asked = [p.scene for p in placed if p.split == "test"]
     questions = iter(ask(asked, rng))
@@ -86,8 +90,8 @@ def world(settings: DatasetSettings, out: Path) -> None:
 def flickr8k(settings: DatasetSettings, out: Path) -> None:
     """Flickr8k's own layout: Images/ and captions.txt with the header "image,caption".
 
-    The first caption of each photo is its gallery caption; the others, as a JSON list in the column
-    `questions`' place, are kept in `queries` for the correlation study.
+    The first caption of each photo is its gallery caption; the others are kept as a JSON list in an
+    extra column, `queries`, for the correlation study.
     """
     folder = Path(settings.folder).expanduser().resolve()
     listing = folder / "captions.txt"

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from cim.encoders import default_device
+from cim.encoders import bfloat16_if_fast, default_device
 from cim.manifest import Manifest, open_image
 from cim.settings import require
 from cim.world.scenes import Scene
@@ -106,12 +106,6 @@ class SceneHeads(nn.Module):
             + 0.5 * cross_entropy(self.background(pooled), labels.backgrounds[rows])
             + 0.5 * cross_entropy(layout, labels.names[rows].flatten())
         )
-
-
-def bfloat16_if_fast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the hardware computes in it, and not where it would be emulated."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def load_pixels(manifest: Manifest) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -30,22 +31,34 @@ from cim.manifest import open_image
 from cim.settings import require
 
 
+# bfloat16 computes in it only where the hardware does so fast, and in float32 elsewhere.
+PRECISIONS = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The `encoders` group: which text and image encoder, and how many inputs at once."""
+    """The `encoders` group: which text and image encoder, how many inputs at once, and the text's precision."""
 
     text: str
     image: str
     text_batch: int = 128
     image_batch: int = 128
+    text_precision: str = "float32"
 
     def __post_init__(self):
+        require(self.text_precision in PRECISIONS, f"text_precision must be one of {', '.join(PRECISIONS)}")
         require(self.text_batch > 0, "text_batch must be positive")
         require(self.image_batch > 0, "image_batch must be positive")
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bfloat16_if_fast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the hardware computes in it, and not where it would be emulated."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 class TextEncoder:
@@ -58,9 +71,10 @@ class TextEncoder:
         max_tokens: longer texts are cut there by the tokenizer.
     """
 
-    def __init__(self, spec: str, model, batch_size: int = 128):
+    def __init__(self, spec: str, model, batch_size: int = 128, precision: str = "float32"):
         self.spec = spec
         self.batch_size = batch_size
+        self.precision = precision
         self._model = model
         self.dim = int(model.get_embedding_dimension())
         self.max_tokens = model.max_seq_length
@@ -70,13 +84,15 @@ class TextEncoder:
         """(n, dim) float32, each row of length 1."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        return self._model.encode(
-            list(texts),
-            batch_size=self.batch_size,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=progress,
-        ).astype(np.float32, copy=False)
+        with bfloat16_if_fast(self._model.device) if self.precision == "bfloat16" else nullcontext():
+            vectors = self._model.encode(
+                list(texts),
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=progress,
+            )
+        return vectors.astype(np.float32, copy=False)
 
 
 class ImageEncoder:
@@ -144,7 +160,9 @@ class ImageEncoder:
         return np.concatenate(parts)
 
 
-def load_text_encoder(spec: str, batch_size: int = 128, device: torch.device | None = None) -> TextEncoder:
+def load_text_encoder(
+    spec: str, batch_size: int = 128, device: torch.device | None = None, precision: str = "float32"
+) -> TextEncoder:
     """The text encoder that `spec` names.
 
     Raises:
@@ -162,7 +180,7 @@ def load_text_encoder(spec: str, batch_size: int = 128, device: torch.device | N
         model = SentenceTransformer(source, device=str(device or default_device()))
     except (OSError, ValueError) as error:
         raise _unavailable("text encoder", spec, error) from None
-    return TextEncoder(spec, model, batch_size)
+    return TextEncoder(spec, model, batch_size, precision)
 
 
 def load_image_encoder(spec: str, batch_size: int = 128, device: torch.device | None = None) -> ImageEncoder:
@@ -185,7 +203,7 @@ def load_image_encoder(spec: str, batch_size: int = 128, device: torch.device | 
 def load_encoders(settings: EncoderSettings, device: torch.device | None = None) -> tuple[TextEncoder, ImageEncoder]:
     """Both encoders of the `encoders` group."""
     return (
-        load_text_encoder(settings.text, settings.text_batch, device),
+        load_text_encoder(settings.text, settings.text_batch, device, settings.text_precision),
         load_image_encoder(settings.image, settings.image_batch, device),
     )
 

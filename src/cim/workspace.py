@@ -95,5 +95,8 @@ def prepare(folder: Path, params: dict) -> None:
 
 
 def _check(command: list[str] | None, folder: Path, env: dict | None = None) -> None:
+    env = dict(os.environ if env is None else env)
+    # dvc.yaml calls `cim`, which lies beside this interpreter whether or not its environment is activated.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if command and subprocess.run(command, cwd=folder, env=env, check=False).returncode != 0:
         raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; mend what it says above and run the same again")

@@ -69,7 +69,7 @@ def describe(scene: Scene, rng: np.random.Generator, detail: Detail = FULL) -> s
 
     sentences = []
     for a, relation, b in relations:
-        if keep(0.25):
+        if keep(0.15):
             a, relation, b = b, INVERSE[relation], a
         sentences.append(f"{mention(a)} is {_pick(RELATION_PHRASES[relation], rng)} {mention(b)}.")
     alone = [mention(o.name) for o in kept if o.name not in introduced]
@@ -82,7 +82,7 @@ def describe(scene: Scene, rng: np.random.Generator, detail: Detail = FULL) -> s
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
     # The first wording is the common one, as in any language.
-    return options[0] if rng.random() < 0.7 else options[int(rng.integers(1, len(options)))]
+    return options[0] if rng.random() < 0.8 else options[int(rng.integers(1, len(options)))]
 
 
 def _noun(o: SceneObject, keep, detail: Detail) -> str:

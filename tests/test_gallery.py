@@ -1,0 +1,202 @@
+"""Encoders, gallery and scorer, on small real parts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cim import rewards
+from cim.encoders import load_image_encoder, load_text_encoder
+from cim.errors import CimError
+from cim.gallery import build_gallery, drop_excluded, load_gallery
+from cim.manifest import Manifest
+from cim.scorer import REWARDS, RewardSettings, Scorer, completion_text, trl_reward, variety
+
+
+@pytest.fixture(scope="module")
+def scorer(gallery, encoders, world):
+    scorer = Scorer(gallery, *encoders, RewardSettings())
+    scorer.add_sources(world.split("test", "train"))
+    return scorer
+
+
+def test_embeddings_are_normalised_and_repeatable(encoders, world):
+    text, image = encoders
+    captions, paths = world.captions[:5], world.image_paths[:5]
+    for vectors, dim in ((text.encode(captions), text.dim), (image.encode(paths), image.dim), (image.encode_text(captions), image.dim)):
+        assert vectors.shape == (5, dim)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    # Batching changes nothing.
+    np.testing.assert_allclose(image.encode(paths), np.concatenate([image.encode([p]) for p in paths]), atol=1e-5)
+    assert text.encode([]).shape == (0, text.dim)
+
+
+def test_a_pretrained_encoder_for_photos_comes_from_its_package():
+    encoder = load_image_encoder("pypi:efficientnet-lite0")
+    noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    vectors = encoder.encode([Image.fromarray(noise), Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 64), "red")])
+    assert vectors.shape == (3, 1280)
+    # Two plain red images are alike, noise is not.
+    assert vectors[1] @ vectors[2] > 0.95 > vectors[0] @ vectors[1]
+    assert not encoder.reads_text
+    with pytest.raises(CimError, match="no text tower"):
+        encoder.encode_text(["red"])
+
+
+@pytest.mark.parametrize(
+    "spec", ["nonsense", "open_clip:ViT-B-32", "open_clip:local-dir:/nowhere", "pypi:other", "timm:no_such_model", "hub:"]
+)
+def test_image_encoders_that_cannot_be_had(spec):
+    with pytest.raises(CimError) as error:
+        load_image_encoder(spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec", ["pypi:no-such-package", "no-such/model"])
+def test_text_encoders_that_cannot_be_had(spec):
+    with pytest.raises(CimError, match=spec):
+        load_text_encoder(spec)
+
+
+def test_the_gallery_holds_what_was_embedded(gallery, world, encoders):
+    chosen = world.split("gallery", "train")
+    assert len(gallery) == len(chosen)
+    assert gallery.images.dtype == np.float16
+    np.testing.assert_allclose(gallery.text_embeddings(), encoders[0].encode(chosen.captions), atol=1e-6)
+    np.testing.assert_allclose(gallery.image_vectors(np.arange(4)), encoders[1].encode(chosen.image_paths[:4]), atol=1e-3)
+    assert gallery.rows_of([chosen.frame["image_id"][3], "nobody"]).tolist() == [3, -1]
+
+
+def test_search_is_exact_and_leaves_out_the_source(gallery, encoders):
+    queries = encoders[0].encode(gallery.rows["caption"].tolist()[:10])
+    scores = queries @ gallery.text_embeddings().T
+    found = gallery.search(queries, 3)
+    np.testing.assert_allclose(np.take_along_axis(scores, found, 1), -np.sort(-scores, axis=1)[:, :3], atol=1e-5)
+    without = gallery.search(queries, 3, exclude=np.arange(10))
+    assert not (without == np.arange(10)[:, None]).any()
+
+
+def test_drop_excluded():
+    found = np.array([[4, 7, 9], [4, 7, 9], [9, 7, 4]])
+    assert drop_excluded(found, np.array([7, -1, 9])).tolist() == [[4, 9], [4, 7], [7, 4]]
+
+
+def test_k_larger_than_the_gallery(gallery, encoders):
+    query = encoders[0].encode(["an owl."])
+    with pytest.raises(CimError, match="lower k"):
+        gallery.search(query, len(gallery) + 1)
+    with pytest.raises(CimError, match="excluded source"):
+        gallery.search(query, len(gallery), exclude=np.array([0]))
+
+
+def test_a_gallery_of_other_encoders_is_refused_by_name(gallery, encoders):
+    with pytest.raises(CimError, match="pypi:efficientnet-lite0"):
+        load_gallery(gallery.folder, encoders[0], load_image_encoder("pypi:efficientnet-lite0"))
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "images.npy", "rows.parquet"])
+def test_a_damaged_gallery_is_refused(gallery, tmp_path, name):
+    copy = tmp_path / "gallery"
+    shutil.copytree(gallery.folder, copy)
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-8])
+    with pytest.raises(CimError, match=name):
+        load_gallery(copy)
+    (copy / name).unlink()
+    with pytest.raises(CimError, match="missing"):
+        load_gallery(copy)
+
+
+def test_no_gallery(tmp_path):
+    with pytest.raises(CimError, match="no gallery there"):
+        load_gallery(tmp_path)
+    (tmp_path / "gallery.json").write_text("{")
+    with pytest.raises(CimError, match="not valid JSON"):
+        load_gallery(tmp_path)
+
+
+def test_building_refuses_empty_captions_and_unreadable_images_and_keeps_the_old_gallery(gallery, world, encoders, tmp_path):
+    folder = tmp_path / "gallery"
+    shutil.copytree(gallery.folder, folder)
+    before = json.loads((folder / "gallery.json").read_text())
+    frame = world.split("gallery").frame.head(6).copy()
+    frame.loc[2, "caption"] = "  "
+    with pytest.raises(CimError, match=frame["image_id"][2]):
+        build_gallery(Manifest(frame, world.image_root), ["gallery"], *encoders, folder)
+    frame.loc[2, "caption"] = "an owl."
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    frame["image"] = ["broken.png"] * 6
+    with pytest.raises(CimError, match=r"broken\.png"):
+        build_gallery(Manifest(frame, tmp_path), ["gallery"], *encoders, folder)
+    assert json.loads((folder / "gallery.json").read_text()) == before
+    load_gallery(folder, *encoders)
+
+
+def test_scores_are_the_pure_functions_of_what_is_retrieved(scorer, world):
+    test = world.split("test")
+    ids = test.frame["image_id"].tolist()
+    scores = scorer.retrieval_scores(test.captions, ids)
+    vectors = scorer.gallery.image_vectors(scorer.retrieve(test.captions, ids))
+    np.testing.assert_allclose(scores["grc"], rewards.gallery_representation_consistency(vectors))
+    np.testing.assert_allclose(scores["cim"], scores["grc"] + scorer.settings.beta * scores["qir"])
+
+
+def test_whether_the_source_may_be_retrieved_is_a_parameter(gallery, encoders, world):
+    train = world.split("train")
+    ids, rows = train.frame["image_id"].tolist(), gallery.rows_of(train.frame["image_id"])
+    for exclude in (True, False):
+        scorer = Scorer(gallery, *encoders, RewardSettings(exclude_source=exclude))
+        found = (scorer.retrieve(train.captions, ids) == rows[:, None]).any(axis=1)
+        assert found.all() if not exclude else not found.any()
+
+
+def test_an_empty_caption_gets_the_lowest_reward_and_never_a_nan(scorer, world):
+    ids = world.split("test").frame["image_id"].tolist()[:3]
+    captions = ["", "an owl is left of a bee.", "   "]
+    scores = scorer.retrieval_scores(captions, ids).join(scorer.paired_scores(captions, ids))
+    assert scores.notna().all().all()
+    assert (scores.iloc[[0, 2]].max() <= scores.iloc[1]).all()
+    assert scores["qir"][0] == -1.75
+    assert scores["cim"][0] == -1.75
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_as_trl_calls_them(scorer, world, name):
+    ids = world.split("test").frame["image_id"].tolist()[:2]
+    logged = {}
+    reward = trl_reward(scorer, name)
+    chats = [[{"role": "assistant", "content": "an owl."}], [{"role": "assistant", "content": ""}]]
+    values = reward(completions=chats, image_id=ids, prompts=["x", "y"], log_metric=logged.__setitem__, completion_ids=[[1], [2]])
+    assert len(values) == 2
+    assert all(isinstance(v, float) for v in values)
+    assert values[0] >= values[1]
+    assert reward.__name__ == name
+    assert {"score/grc", "score/qir", "variety/distinct"} <= set(logged)
+    # Plain completions give the same, in any order.
+    assert reward(completions=["", "an owl."], image_id=ids[::-1])[::-1] == pytest.approx(values)
+
+
+def test_an_unknown_reward(scorer):
+    with pytest.raises(CimError, match="reward 'best' is not known"):
+        trl_reward(scorer, "best")
+
+
+def test_an_unknown_source_image(scorer):
+    with pytest.raises(CimError, match="'stranger'"):
+        scorer.retrieval_scores(["an owl."], ["stranger"])
+
+
+def test_a_caption_of_any_length_is_scored(scorer, world):
+    image_id = world.split("test").frame["image_id"][0]
+    assert scorer.retrieval_scores(["owl " * 20_000], [image_id]).notna().all().all()
+
+
+def test_completion_text():
+    assert completion_text("a") == "a"
+    assert completion_text([{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]) == "b"
+
+
+def test_variety_shows_a_collapse():
+    assert variety(["a b", "a b", "a b", "c"]) == {"distinct": 0.5, "most_common": 0.75, "words": 1.75}

@@ -1,0 +1,170 @@
+"""The small world: its splits, its English and the reader of it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cim.world import language, questions, reader, scoring
+from cim.world.scenes import Scene, SceneObject, compose_splits, random_scene
+from cim.world.vocabulary import FAMILIES, FAMILY_OF, INVERSE, NAMES, generalisations
+
+seeds = st.integers(0, 2**32 - 1)
+SCENE = Scene(
+    (SceneObject("owl", "red", "large", (0, 0)), SceneObject("bee", "blue", "small", (0, 1)), SceneObject("car", "green", "small", (1, 1))),
+    "beach",
+)  # fmt: skip
+
+
+def test_sixty_objects_in_families_of_three_grades():
+    assert len(NAMES) == len(set(NAMES)) >= 60
+    assert len(FAMILIES) >= 5
+    assert generalisations("owl") == ("owl", "bird", "animal")
+
+
+def test_splits_share_no_scene(rng):
+    placed = compose_splits(rng, pretrain=50, train=40, test=10, looks=2, gallery_variants=4, objects=(2, 3))
+    scenes = {s: {p.scene for p in placed if p.split == s} for s in ("pretrain", "train", "gallery", "test")}
+    assert [len([p for p in placed if p.split == s]) for s in ("pretrain", "train", "test")] == [50, 40, 10]
+    for a in scenes:
+        for b in scenes:
+            assert a == b or not scenes[a] & scenes[b]
+    templates = {s: {p.template for p in placed if p.split == s} for s in ("train", "test")}
+    assert not templates["train"] & templates["test"]
+
+
+@given(seeds)
+def test_a_scene_survives_json(seed):
+    scene = random_scene(np.random.default_rng(seed))
+    assert Scene.from_json(scene.to_json()) == scene
+
+
+@given(seeds)
+def test_the_reader_reads_all_that_the_writer_writes(seed):
+    rng = np.random.default_rng(seed)
+    scene = random_scene(rng)
+    counts = scoring.count_facts(language.describe(scene, rng), scene)
+    for fact in scoring.FACTS:
+        assert counts[f"{fact}_stated"] == counts[f"{fact}_correct"] == counts[f"{fact}_recalled"] == counts[f"{fact}_true"]
+
+
+@given(seeds, st.floats(0, 1))
+def test_leaving_out_is_never_wrong(seed, p):
+    rng = np.random.default_rng(seed)
+    scene = random_scene(rng)
+    detail = language.Detail(object=p, name=p, family=p, colour=p, size=p, relation=p, background=p)
+    counts = scoring.count_facts(language.describe(scene, rng, detail), scene)
+    for fact in ("attribute", "relation", "background"):
+        assert counts[f"{fact}_stated"] == counts[f"{fact}_correct"]
+
+
+@given(seeds, st.integers(1, 5))
+def test_errors_lower_precision(seed, errors):
+    rng = np.random.default_rng(seed)
+    scene = random_scene(rng)
+    counts = scoring.count_facts(language.describe(language.corrupt(scene, rng, errors), rng), scene)
+    assert sum(counts[f"{f}_correct"] for f in scoring.FACTS) < sum(counts[f"{f}_stated"] for f in scoring.FACTS)
+
+
+def test_more_errors_than_facts_are_refused(rng):
+    with pytest.raises(ValueError, match="fewer than"):
+        language.corrupt(SCENE, rng, 99)
+
+
+@pytest.mark.parametrize(
+    ("caption", "objects", "relations", "background"),
+    [
+        ("A large red owl is left of a small blue bee.", [("owl", ["red"], ["large"]), ("bee", ["blue"], ["small"])], [(0, "left of", 1)], []),
+        ("a bee is to the right of an owl. the background is a sandy shore.", [("bee", [], []), ("owl", [], [])], [(1, "left of", 0)], ["beach"]),
+        ("there is a sea creature and a thing.", [("sea creature", [], []), ("thing", [], [])], [], []),
+        ("an owl is above and to the left of a car. the bird is red.", [("owl", [], []), ("car", [], [])], [(0, "above left of", 1)], []),
+        ("crown crown . the the", [], [], []),
+        ("", [], [], []),
+        ("an owl is left of an owl.", [("owl", [], []), ("owl", [], [])], [(0, "left of", 1)], []),
+    ],
+)  # fmt: skip
+def test_reading(caption, objects, relations, background):
+    graph = reader.read_caption(caption)
+    assert [(o.noun, o.colours, o.sizes) for o in graph.objects] == objects
+    assert graph.relations == relations
+    assert graph.backgrounds == background
+
+
+def test_saying_a_thing_twice_is_a_false_object():
+    counts = scoring.count_facts("there is an owl and an owl.", SCENE)
+    assert (counts["object_stated"], counts["object_correct"], counts["object_recalled"]) == (2, 1, 1)
+
+
+def test_a_coarse_noun_is_right_but_recalls_nothing():
+    counts = scoring.count_facts("there is a bird.", SCENE)
+    assert (counts["object_stated"], counts["object_correct"], counts["object_recalled"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("question", "caption", "expected"),
+    [
+        ("is the bird an owl?", "there is an owl.", "yes"),
+        ("is the bird an owl?", "there is an eagle.", "no"),
+        ("is the bird an owl?", "there is a bird.", "n/a"),
+        ("is the owl red?", "there is a red bird.", "yes"),
+        ("is the owl red?", "there is a blue owl.", "no"),
+        ("is the owl red?", "there is an owl.", "n/a"),
+        ("is the owl large?", "there is a big owl.", "yes"),
+        ("is the owl left of the bee?", "a bee is right of an owl.", "yes"),
+        ("is the owl left of the bee?", "an owl is right of a bee.", "no"),
+        ("is the owl left of the bee?", "an owl is above and left of a bee.", "no"),
+        ("is the owl left of the bee?", "there is an owl and a bee.", "n/a"),
+        ("is the background snow?", "the background is a beach.", "no"),
+        ("is the background snow?", "", "n/a"),
+    ],
+)
+def test_answers(question, caption, expected):
+    assert reader.answer(question, reader.read_caption(caption)) == expected
+
+
+def test_an_unknown_question_is_refused():
+    with pytest.raises(ValueError, match="not a question"):
+        reader.answer("what is this?", reader.read_caption("there is an owl."))
+
+
+def test_questions_are_balanced_and_answered_by_a_full_caption(rng):
+    scenes = [random_scene(rng) for _ in range(40)]
+    asked = questions.ask(scenes, rng)
+    answers = [q["answer"] for row in asked for q in row]
+    assert answers.count("yes") == answers.count("no")
+    assert all(len(row) == 5 for row in asked)
+    for scene, row in zip(scenes, asked, strict=True):
+        graph = reader.read_caption(language.describe(scene, rng))
+        assert [reader.answer(q["question"], graph) for q in row] == [q["answer"] for q in row]
+
+
+def test_graph_f1_is_one_for_the_full_caption_and_zero_for_silence(rng):
+    scores = scoring.score_captions([language.describe(SCENE, rng), ""], [SCENE, SCENE], [[], []])
+    np.testing.assert_allclose(scoring.graph_f1(scores), [1, 0])
+
+
+def test_relations_have_inverses():
+    assert all(INVERSE[INVERSE[r]] == r for r in INVERSE)
+    assert all(name in FAMILY_OF for name in NAMES)
+
+
+def test_the_manifest_of_the_world(world):
+    frame = world.frame
+    assert set(frame["split"]) == {"pretrain", "train", "gallery", "test"}
+    assert frame["image_id"].is_unique
+    assert frame.loc[frame["split"] == "test", "questions"].map(lambda q: len(json.loads(q))).eq(5).all()
+    assert not frame["caption"].str.strip().eq("").any()
+
+
+def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):
+    from cim.dataset import DatasetSettings, make_dataset
+    from cim.manifest import read_manifest
+
+    again = read_manifest(
+        make_dataset(DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8), tmp_path / "d")
+    )
+    assert again.frame.equals(world.frame)
+    for a, b in zip(again.image_paths[:20], world.image_paths[:20], strict=True):
+        assert a.read_bytes() == b.read_bytes()
