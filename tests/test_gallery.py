@@ -25,7 +25,11 @@ def scorer(gallery, encoders, world):
 def test_embeddings_are_normalised_and_repeatable(encoders, world):
     text, image = encoders
     captions, paths = world.captions[:5], world.image_paths[:5]
-    for vectors, dim in ((text.encode(captions), text.dim), (image.encode(paths), image.dim), (image.encode_text(captions), image.dim)):
+    for vectors, dim in (
+        (text.encode(captions), text.dim),
+        (image.encode(paths), image.dim),
+        (image.encode_text(captions), image.dim),
+    ):
         assert vectors.shape == (5, dim)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     # Batching changes nothing.
@@ -36,7 +40,9 @@ def test_embeddings_are_normalised_and_repeatable(encoders, world):
 def test_a_pretrained_encoder_for_photos_comes_from_its_package():
     encoder = load_image_encoder("pypi:efficientnet-lite0")
     noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
-    vectors = encoder.encode([Image.fromarray(noise), Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 64), "red")])
+    vectors = encoder.encode(
+        [Image.fromarray(noise), Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 64), "red")]
+    )
     assert vectors.shape == (3, 1280)
     # Two plain red images are alike, noise is not.
     assert vectors[1] @ vectors[2] > 0.95 > vectors[0] @ vectors[1]
@@ -46,7 +52,8 @@ def test_a_pretrained_encoder_for_photos_comes_from_its_package():
 
 
 @pytest.mark.parametrize(
-    "spec", ["nonsense", "open_clip:ViT-B-32", "open_clip:local-dir:/nowhere", "pypi:other", "timm:no_such_model", "hub:"]
+    "spec",
+    ["nonsense", "open_clip:ViT-B-32", "open_clip:local-dir:/nowhere", "pypi:other", "timm:no_such_model", "hub:"],
 )
 def test_image_encoders_that_cannot_be_had(spec):
     with pytest.raises(CimError) as error:
@@ -65,7 +72,9 @@ def test_the_gallery_holds_what_was_embedded(gallery, world, encoders):
     assert len(gallery) == len(chosen)
     assert gallery.images.dtype == np.float16
     np.testing.assert_allclose(gallery.text_embeddings(), encoders[0].encode(chosen.captions), atol=1e-6)
-    np.testing.assert_allclose(gallery.image_vectors(np.arange(4)), encoders[1].encode(chosen.image_paths[:4]), atol=1e-3)
+    np.testing.assert_allclose(
+        gallery.image_vectors(np.arange(4)), encoders[1].encode(chosen.image_paths[:4]), atol=1e-3
+    )
     assert gallery.rows_of([chosen.frame["image_id"][3], "nobody"]).tolist() == [3, -1]
 
 
@@ -117,7 +126,9 @@ def test_no_gallery(tmp_path):
         load_gallery(tmp_path)
 
 
-def test_building_refuses_empty_captions_and_unreadable_images_and_keeps_the_old_gallery(gallery, world, encoders, tmp_path):
+def test_building_refuses_empty_captions_and_unreadable_images_and_keeps_the_old_gallery(
+    gallery, world, encoders, tmp_path
+):
     folder = tmp_path / "gallery"
     shutil.copytree(gallery.folder, folder)
     before = json.loads((folder / "gallery.json").read_text())
@@ -168,7 +179,9 @@ def test_rewards_as_trl_calls_them(scorer, world, name):
     logged = {}
     reward = trl_reward(scorer, name)
     chats = [[{"role": "assistant", "content": "an owl."}], [{"role": "assistant", "content": ""}]]
-    values = reward(completions=chats, image_id=ids, prompts=["x", "y"], log_metric=logged.__setitem__, completion_ids=[[1], [2]])
+    values = reward(
+        completions=chats, image_id=ids, prompts=["x", "y"], log_metric=logged.__setitem__, completion_ids=[[1], [2]]
+    )
     assert len(values) == 2
     assert all(isinstance(v, float) for v in values)
     assert values[0] >= values[1]

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
 
 from cim.correlation import graded_captions
 from cim.dataset import DatasetSettings, make_dataset
@@ -18,6 +17,7 @@ from cim.rawdata import directory_hash, make_raw_data
 from cim.scorer import RewardSettings
 from cim.settings import group, read_params
 from cim.workspace import compose
+from conftest import ROOT
 
 
 def cim(*arguments, cwd):

@@ -46,7 +46,9 @@ def train(workspace, run, **changes):
     for key, value in changes.items():
         params["train"][key] = value
     (workspace / "params.yaml").write_text(yaml.safe_dump(params))
-    return subprocess.run([sys.executable, "-m", "cim.train", "--run", run], cwd=workspace, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "cim.train", "--run", run], cwd=workspace, capture_output=True, text=True
+    )
 
 
 def weights(folder):
@@ -160,7 +162,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(workspace):
     out = workspace / "artifacts" / "train" / "cim-1"
     expected = [row["reward"] for row in json.loads((out / "log.json").read_text()) if "reward" in row]
 
-    process = subprocess.Popen([sys.executable, "-m", "cim.train", "--run", "cim-1"], cwd=workspace, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cim.train", "--run", "cim-1"], cwd=workspace, stdout=subprocess.PIPE, text=True
+    )
     checkpoints = workspace / "artifacts" / "checkpoints" / "cim-1"
     deadline = time.time() + 120
     while not list(checkpoints.glob("checkpoint-2/trainer_state.json")) and time.time() < deadline:
@@ -210,7 +214,12 @@ def test_grpo_raises_the_reward(workspace):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"k": 10_000}, "lower k"), ({"beta": -1.0}, "beta"), ({"best": 1}, "'reward.best' is not known"), ({"k": "three"}, "of type int")],
+    [
+        ({"k": 10_000}, "lower k"),
+        ({"beta": -1.0}, "beta"),
+        ({"best": 1}, "'reward.best' is not known"),
+        ({"k": "three"}, "of type int"),
+    ],
 )
 def test_a_wrong_reward_parameter_stops_training_in_one_line(workspace, change, says):
     params = yaml.safe_load((workspace / "params.yaml").read_text())

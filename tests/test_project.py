@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from cim import stages
 from cim.workspace import compose, dump
+from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -49,7 +49,18 @@ def test_the_conda_environment_installs_the_same_pins():
 def test_what_the_user_asked_for_is_there():
     names = ["notebooks", "src", "data.dvc", "dvc.yaml", "params.yaml", "environment.yml", "tests", "README.md"]
     assert all((ROOT / name).exists() for name in names)
-    wanted = "jupyterlab papermill torch transformers trl peft open-clip-torch faiss-cpu seaborn dvc".split()
+    wanted = [
+        "jupyterlab",
+        "papermill",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "open-clip-torch",
+        "faiss-cpu",
+        "seaborn",
+        "dvc",
+    ]
     assert set(wanted) <= set(lock())
 
 

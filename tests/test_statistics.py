@@ -30,13 +30,16 @@ def test_correlations_are_those_of_scipy(rng):
 def test_captions_of_one_image_are_not_counted_as_many(rng):
     x, y = rng.normal(size=50), rng.normal(size=50)
     few = statistics.correlations(x, y, np.arange(50), rng)["pearson"]["interval"]
-    copies = statistics.correlations(np.repeat(x, 10), np.repeat(y, 10), np.repeat(np.arange(50), 10), rng)["pearson"]["interval"]
+    copies = statistics.correlations(np.repeat(x, 10), np.repeat(y, 10), np.repeat(np.arange(50), 10), rng)["pearson"][
+        "interval"
+    ]
     np.testing.assert_allclose(copies, few, atol=0.06)
 
 
 def test_intervals_cover(rng):
     hits = sum(
-        low <= 0 <= high for low, high in (statistics.mean_with_interval(rng.normal(size=60), rng, 400)["interval"] for _ in range(300))
+        low <= 0 <= high
+        for low, high in (statistics.mean_with_interval(rng.normal(size=60), rng, 400)["interval"] for _ in range(300))
     )
     assert 0.89 < hits / 300 <= 0.99
 
@@ -49,7 +52,9 @@ def counts_of(values: dict, n: int, method: str, seed: int = 0) -> pd.DataFrame:
 
 
 def test_metrics_by_hand():
-    counts = pd.concat([counts_of({}, 4, "base"), counts_of({"relation_correct": 0.0, "relation_recalled": 0.0}, 4, "cim")])
+    counts = pd.concat(
+        [counts_of({}, 4, "base"), counts_of({"relation_correct": 0.0, "relation_recalled": 0.0}, 4, "cim")]
+    )
     found = evaluation.evaluate(counts, 0, 200)
     base, cim = found["base"]["metrics"], found["cim"]["metrics"]
     assert base["relation_f1"]["value"] == 1
@@ -71,7 +76,9 @@ def test_seeds_that_differ_widen_the_interval(rng):
     unlike = [counts_of({"relation_recalled": told * (s > 0)}, n, "cim", s) for s in range(3)]
     width = []
     for runs in (alike, unlike):
-        low, high = evaluation.evaluate(pd.concat([base, *runs]), 0, 1000)["cim"]["metrics"]["relation_recall"]["interval"]
+        low, high = evaluation.evaluate(pd.concat([base, *runs]), 0, 1000)["cim"]["metrics"]["relation_recall"][
+            "interval"
+        ]
         width.append(high - low)
     assert width[1] > 1.5 * width[0]
 

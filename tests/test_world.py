@@ -47,7 +47,12 @@ def test_the_reader_reads_all_that_the_writer_writes(seed):
     scene = random_scene(rng)
     counts = scoring.count_facts(language.describe(scene, rng), scene)
     for fact in scoring.FACTS:
-        assert counts[f"{fact}_stated"] == counts[f"{fact}_correct"] == counts[f"{fact}_recalled"] == counts[f"{fact}_true"]
+        assert (
+            counts[f"{fact}_stated"]
+            == counts[f"{fact}_correct"]
+            == counts[f"{fact}_recalled"]
+            == counts[f"{fact}_true"]
+        )
 
 
 @given(seeds, st.floats(0, 1))
@@ -163,7 +168,9 @@ def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):
     from cim.manifest import read_manifest
 
     again = read_manifest(
-        make_dataset(DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8), tmp_path / "d")
+        make_dataset(
+            DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8), tmp_path / "d"
+        )
     )
     assert again.frame.equals(world.frame)
     for a, b in zip(again.image_paths[:20], world.image_paths[:20], strict=True):

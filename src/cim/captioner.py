@@ -42,7 +42,9 @@ PAD, END, IMAGE, USER, ASSISTANT, UNKNOWN = "<pad>", "<end>", "<image>", "<user>
 CHAT_TEMPLATE = """{% for message in messages %}\
 {{ '<' + message['role'] + '>' }}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
-{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\
+{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}\
+{% endfor %}\
 {% endif %}{% if message['role'] == 'assistant' %}<end>{% endif %}\
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
 
@@ -95,7 +97,12 @@ def build_processor(image_size: int, tokens_per_side: int, prompt: str) -> Llava
     tokenizer.pre_tokenizer = splitter
     # Words joined by spaces, but none before punctuation.
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(Regex("^"), " "), decoders.Fuse(), decoders.Replace(Regex(" (?=[.,?])"), ""), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace(Regex("^"), " "),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" (?=[.,?])"), ""),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -123,7 +130,9 @@ def build_processor(image_size: int, tokens_per_side: int, prompt: str) -> Llava
     )
 
 
-def build_model(processor: LlavaProcessor, encoder: Path, settings: CaptionerSettings) -> FastVlmForConditionalGeneration:
+def build_model(
+    processor: LlavaProcessor, encoder: Path, settings: CaptionerSettings
+) -> FastVlmForConditionalGeneration:
     """A FastVLM whose vision tower is the image encoder's trunk; its text model is untrained."""
     if not (encoder / "open_clip_config.json").is_file():
         raise CimError(f"{encoder}: no image encoder there; make it with the 'encoder' stage")
@@ -185,7 +194,7 @@ def train_captioner(manifest: Manifest, encoder: Path, settings: CaptionerSettin
     tower = model.model.vision_tower
     tower.requires_grad_(False).eval()
     with torch.inference_mode(), bfloat16_if_fast(device):
-        maps = [tower((chunk.to(device).float() / 127.5 - 1)).last_hidden_state.float() for chunk in pixels.split(256)]
+        maps = [tower(chunk.to(device).float() / 127.5 - 1).last_hidden_state.float() for chunk in pixels.split(256)]
     features = torch.cat(maps).clone()
     _whiten_projector(model.model.multi_modal_projector.linear_1, features)
     prompt_ids = _prompt_ids(processor, settings.prompt)

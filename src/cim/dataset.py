@@ -39,7 +39,10 @@ class DatasetSettings:
     def __post_init__(self):
         require(self.source in SOURCES, f"source '{self.source}' is not known; there are {', '.join(SOURCES)}")
         require(min(self.pretrain, self.train, self.test) >= 0, "pretrain, train and test cannot be negative")
-        require(2 <= self.min_objects <= self.max_objects <= 4, "objects must be 2 to 4, min_objects no more than max_objects")
+        require(
+            2 <= self.min_objects <= self.max_objects <= 4,
+            "objects must be 2 to 4, min_objects no more than max_objects",
+        )
         require(self.looks >= 1, "looks must be at least 1")
         require(self.gallery_variants >= 1, "gallery_variants must be at least 1")
 
@@ -113,7 +116,9 @@ def flickr8k(settings: DatasetSettings, out: Path) -> None:
     if not there:
         raise CimError(f"{folder / 'Images'}: none of the {len(captions)} photos that {listing.name} names is there")
     if len(there) < len(captions):
-        print(f"dataset: {len(captions) - len(there)} of {len(captions)} photos are not in {folder / 'Images'}; left out")
+        print(
+            f"dataset: {len(captions) - len(there)} of {len(captions)} photos are not in {folder / 'Images'}; left out"
+        )
     rows = [
         (Path(image).stem, f"Images/{image}", texts[0], "gallery", "flickr8k", -1, None, None, json.dumps(texts[1:]))
         for image, texts in there.items()

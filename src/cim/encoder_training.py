@@ -119,7 +119,9 @@ def _normalised(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def train_trunk(trunk: nn.Module, pixels: torch.Tensor, labels: SceneLabels, settings: EncoderTrainingSettings) -> float:
+def train_trunk(
+    trunk: nn.Module, pixels: torch.Tensor, labels: SceneLabels, settings: EncoderTrainingSettings
+) -> float:
     """Teach the trunk to recognise: first objects in crops of single cells, then whole scenes.
 
     Args:
@@ -150,7 +152,9 @@ def train_trunk(trunk: nn.Module, pixels: torch.Tensor, labels: SceneLabels, set
         x = ((cell % 2) * side + shift[1]).clamp(0, side)[:, None] + offsets
         crops = pixels[image[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
         pooled = features(crops).mean((2, 3))
-        return heads.cell_loss(pooled, labels.names[image, cell], labels.colours[image, cell], labels.sizes[image, cell])
+        return heads.cell_loss(
+            pooled, labels.names[image, cell], labels.colours[image, cell], labels.sizes[image, cell]
+        )
 
     def scene_loss(rows: torch.Tensor) -> torch.Tensor:
         return heads.scene_loss(features(pixels[rows]), labels, rows)

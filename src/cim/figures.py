@@ -21,14 +21,22 @@ SCORE_LABELS = {
     "clipscore": "CLIPScore",
     "words": "words",
 }
-COLOURS = dict(zip(LABELS, ["#7f7f7f", "#8c6d31", "#d6b656", "#c0392b", "#e08283", "#e67e22", "#2471a3", "#76a5d6", "#bbbbbb", "#dddddd"], strict=True))
+COLOURS = dict(
+    zip(
+        LABELS,
+        ["#7f7f7f", "#8c6d31", "#d6b656", "#c0392b", "#e08283", "#e67e22", "#2471a3", "#76a5d6", "#bbbbbb", "#dddddd"],
+        strict=True,
+    )
+)
 
 
 def style() -> None:
     """One look for all notebooks."""
     sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
     # Without this the same figure differs from run to run in its metadata alone.
-    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "svg.hashsalt": "cim", "figure.constrained_layout.use": True})
+    plt.rcParams.update(
+        {"figure.dpi": 110, "savefig.bbox": "tight", "svg.hashsalt": "cim", "figure.constrained_layout.use": True}
+    )
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -41,13 +49,17 @@ def levels_figure(levels: pd.DataFrame, title: str = "") -> Figure:
     """Mean score at each level of fineness (top) and accuracy (bottom), with 95 % intervals."""
     scores = [s for s in SCORE_LABELS if s in set(levels["score"])]
     ladders = [x for x in ("fineness", "accuracy") if x in set(levels["ladder"])]
-    figure, axes = plt.subplots(len(ladders), len(scores), figsize=(2.7 * len(scores), 3.1 * len(ladders)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(ladders), len(scores), figsize=(2.7 * len(scores), 3.1 * len(ladders)), squeeze=False
+    )
     for i, ladder in enumerate(ladders):
         for j, score in enumerate(scores):
             part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
             ax = axes[i, j]
             error = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-            ax.errorbar(part["level"], part["mean"], yerror_or_none(error), marker="o", color=sns.color_palette()[i], capsize=3)
+            ax.errorbar(
+                part["level"], part["mean"], yerror_or_none(error), marker="o", color=sns.color_palette()[i], capsize=3
+            )
             ax.set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
             ax.set_title(SCORE_LABELS[score] if i == 0 else "")
             ax.set_ylabel(("finer →" if ladder == "fineness" else "more accurate →") if j == 0 else "")
@@ -68,8 +80,8 @@ def follows_figure(follows: pd.DataFrame) -> Figure:
     for ax, ladder in zip(axes[0], ladders, strict=True):
         cell = part[part["ladder"] == ladder].iloc[::-1]
         ax.axvline(0, color="0.6", lw=1)
-        ax.errorbar(cell["value"], [SCORE_LABELS[s] for s in cell["score"]],
-                    xerr=np.abs(cell[["low", "high"]].to_numpy().T - cell["value"].to_numpy()), fmt="o", capsize=3)  # fmt: skip
+        error = np.abs(cell[["low", "high"]].to_numpy().T - cell["value"].to_numpy())
+        ax.errorbar(cell["value"], [SCORE_LABELS[x] for x in cell["score"]], xerr=error, fmt="o", capsize=3)
         ax.set_title({"model": "base model's captions"}.get(ladder, ladder))
         ax.set_xlim(-1.05, 1.05)
         ax.set_xlabel("Spearman with quality")
@@ -86,7 +98,9 @@ def density_figure(density: pd.DataFrame) -> Figure:
         ax.axhline(k**-0.5, ls="--", color="0.5", lw=1)
         ax.set(xscale="log", title=f"K = {k}", xlabel="gallery rows", ylabel="mean GRC")
     axes[0, -1].legend(title="", fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    axes[0, 0].text(0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=axes[0, 0].get_yaxis_transform())
+    axes[0, 0].text(
+        0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=axes[0, 0].get_yaxis_transform()
+    )
     return figure
 
 
@@ -126,7 +140,9 @@ def metrics_figure(table: pd.DataFrame, names: dict[str, str]) -> Figure:
     methods = [m for m in LABELS if m in set(table["method"])]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, (0.32 * len(methods) + 1) * rows), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns, (0.32 * len(methods) + 1) * rows), sharey=True, squeeze=False
+    )
     for ax, (metric, title) in zip(axes.flat, names.items(), strict=False):
         part = table[table["metric"] == metric].set_index("method").reindex(methods[::-1])
         for y, (method, row) in enumerate(part.iterrows()):

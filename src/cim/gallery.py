@@ -38,7 +38,7 @@ class Gallery:
     Attributes:
         folder: where it lies.
         info: gallery.json: encoders, dimensions, counts, digests.
-        rows: (N rows) image_id, image (absolute path), caption and template, in index order.
+        rows: (N rows) image_id, image (path), caption and template, in index order.
         images: (N, d) float16 image embeddings, memory-mapped.
     """
 
@@ -114,7 +114,9 @@ def build_gallery(
     chosen = manifest.split(*splits)
     empty = [i for i, c in zip(chosen.frame["image_id"], chosen.captions, strict=True) if not str(c or "").strip()]
     if empty:
-        raise CimError(f"{manifest.name}: image '{empty[0]}' has an empty caption ({len(empty)} in all); mend or drop it")
+        raise CimError(
+            f"{manifest.name}: image '{empty[0]}' has an empty caption ({len(empty)} in all); mend or drop it"
+        )
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -127,9 +129,8 @@ def build_gallery(
     images = image_encoder.encode(chosen.image_paths, progress=True)
     np.save(aside / "images.npy", images.astype(np.float16))
     columns = [c for c in ("image_id", "caption", "template", "scene", "queries") if c in chosen.frame]
-    rows = chosen.frame[columns].assign(image=[os.path.abspath(p) for p in chosen.image_paths])
-    # Absolute paths would make the same gallery differ from machine to machine.
-    rows["image"] = [os.path.relpath(p) for p in rows["image"]]
+    # Relative to the workspace: absolute paths would make the same gallery differ from machine to machine.
+    rows = chosen.frame[columns].assign(image=[os.path.relpath(p) for p in chosen.image_paths])
     rows.to_parquet(aside / "rows.parquet", index=False)
     info = {
         "rows": len(chosen),
@@ -172,7 +173,7 @@ def load_gallery(
         if (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
             raise CimError(
                 f"{folder}: built with {what} '{built['spec']}' ({built['dim']}-d, {built['digest']}), not with "
-                f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); build the gallery again or set encoders to match"
+                f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); build it again or set encoders to match"
             )
     return Gallery(
         folder=folder,

@@ -32,7 +32,9 @@ def load_captioner(name: str | Path, device: torch.device | None = None, dtype: 
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CimError(f"captioner '{name}' could not be loaded: {reason}; make it with its stage or fetch it") from None
+        raise CimError(
+            f"captioner '{name}' could not be loaded: {reason}; make it with its stage or fetch it"
+        ) from None
     hold_batch_norm(model)
     processor.tokenizer.padding_side = "left"
     return model.to(device or default_device()).eval(), processor

@@ -55,7 +55,9 @@ def write_manifest(frame: pd.DataFrame, path: Path, image_root: Path | None = No
     """Write a manifest; `image_root` is recorded where the images are not in the manifest's folder."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
     if image_root is not None:
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"image_root": str(image_root).encode()})
+        table = table.replace_schema_metadata(
+            {**(table.schema.metadata or {}), b"image_root": str(image_root).encode()}
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial")
@@ -76,7 +78,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise CimError(f"{path}: not a readable Parquet file ({error}); make it again with the 'dataset' stage") from None
+        raise CimError(
+            f"{path}: not a readable Parquet file ({error}); make it again with the 'dataset' stage"
+        ) from None
     if missing := [c for c in REQUIRED if c not in table.column_names]:
         raise CimError(f"{path}: column '{missing[0]}' is missing; a manifest needs {', '.join(REQUIRED)}")
     frame = table.to_pandas()

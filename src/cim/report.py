@@ -22,10 +22,30 @@ HEADLINE = {
 
 # arXiv 2603.01696, COCO-LN500: model + CIM, with the gains over the base model as reported there.
 REPORTED = {
-    "Qwen2.5-VL-7B": {"CAPTURE": 48.93, "relation QA": 44.15, "relation recall gain": "+20.2", "relation QA gain": "+20.4"},
-    "Qwen2-VL-7B": {"CAPTURE": 48.64, "relation QA": 38.71, "relation recall gain": "+10.4", "relation QA gain": "+18.2"},
-    "LLaVA-1.5-7B": {"CAPTURE": 48.62, "relation QA": 24.98, "relation recall gain": "+12.6", "relation QA gain": "+10.6"},
-    "InternVL3-8B": {"CAPTURE": 48.90, "relation QA": 38.67, "relation recall gain": "+10.0", "relation QA gain": "+12.2"},
+    "Qwen2.5-VL-7B": {
+        "CAPTURE": 48.93,
+        "relation QA": 44.15,
+        "relation recall gain": "+20.2",
+        "relation QA gain": "+20.4",
+    },
+    "Qwen2-VL-7B": {
+        "CAPTURE": 48.64,
+        "relation QA": 38.71,
+        "relation recall gain": "+10.4",
+        "relation QA gain": "+18.2",
+    },
+    "LLaVA-1.5-7B": {
+        "CAPTURE": 48.62,
+        "relation QA": 24.98,
+        "relation recall gain": "+12.6",
+        "relation QA gain": "+10.6",
+    },
+    "InternVL3-8B": {
+        "CAPTURE": 48.90,
+        "relation QA": 38.67,
+        "relation recall gain": "+10.0",
+        "relation QA gain": "+12.2",
+    },
 }
 
 
@@ -35,6 +55,8 @@ def _read(path: Path) -> dict:
 
 def _cell(cell: dict, scale: float = 100) -> str:
     low, high = cell["interval"]
+    if cell["value"] is None or low is None:
+        return "n/a"
     return f"{scale * cell['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
@@ -46,7 +68,7 @@ def correlation_table(path: Path) -> pd.DataFrame:
             "ladder": ladder,
             "score": score,
             "Spearman": f"{c['value']:.2f} [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]",
-            "by level": "" if c["by_level"] != c["by_level"] or c["by_level"] is None else f"{c['by_level']:.2f}",
+            "by level": "" if c["by_level"] is None else f"{c['by_level']:.2f}",
         }
         for ladder, scores in found["spearman"].items()
         for score, c in scores.items()
@@ -109,7 +131,13 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
     for score, ladder in (("grc", "fineness"), ("qir", "fineness"), ("qir", "accuracy"), ("grc", "accuracy")):
         if score in follows.get(ladder, {}):
             value = follows[ladder][score]["by_level"]
-            out.append({"claim": f"{score.upper()} rises with {ladder} (by level, at least 0.9)", "measured": f"{value:.2f}", "held": value >= 0.9})
+            out.append(
+                {
+                    "claim": f"{score.upper()} rises with {ladder} (by level, at least 0.9)",
+                    "measured": f"{value:.2f}",
+                    "held": value >= 0.9,
+                }
+            )
     if "cim" not in methods:
         return out
 
@@ -118,15 +146,37 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
         return f"{_cell(base)} to {_cell(cell)}"
 
     for name, what in (("relation_recall", "relation recall"), ("qa_accuracy", "questions answered")):
-        out.append({"claim": f"CIM beats its base on {what}, intervals apart", "measured": gain("cim", name), "held": clear_of(methods, "cim", "base", name)})
+        out.append(
+            {
+                "claim": f"CIM beats its base on {what}, intervals apart",
+                "measured": gain("cim", name),
+                "held": clear_of(methods, "cim", "base", name),
+            }
+        )
     cell, base = methods["cim"]["metrics"]["relation_recall"], methods["base"]["metrics"]["relation_recall"]
     relative = cell["gain"] / base["value"]
-    out.append({"claim": "relation recall gains at least 20 % relative", "measured": f"{relative:+.0%}", "held": relative >= 0.2})
-    for name, what in (("object_precision", "object"), ("attribute_precision", "attribute"), ("relation_precision", "relation")):
+    out.append(
+        {
+            "claim": "relation recall gains at least 20 % relative",
+            "measured": f"{relative:+.0%}",
+            "held": relative >= 0.2,
+        }
+    )
+    for name, what in (
+        ("object_precision", "object"),
+        ("attribute_precision", "attribute"),
+        ("relation_precision", "relation"),
+    ):
         held = methods["cim"]["metrics"][name]["gain_interval"][1] >= 0
         out.append({"claim": f"{what} precision does not fall", "measured": gain("cim", name), "held": held})
     for rival in ("grc", "qir", "sft", "self_retrieval", "clipscore"):
         if rival in methods:
             ours, theirs = methods["cim"]["metrics"]["all_f1"], methods[rival]["metrics"]["all_f1"]
-            out.append({"claim": f"CIM beats {LABELS[rival]} on F1 of all facts", "measured": f"{_cell(ours)} against {_cell(theirs)}", "held": ours["value"] > theirs["value"]})
+            out.append(
+                {
+                    "claim": f"CIM beats {LABELS[rival]} on F1 of all facts",
+                    "measured": f"{_cell(ours)} against {_cell(theirs)}",
+                    "held": ours["value"] > theirs["value"],
+                }
+            )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def run(stage: str, training_run: str | None = None) -> None:
         return
     if stage == "train" and training_run is None:
         raise CimError("stage train: say which with --run METHOD-SEED, as in --run cim-0")
-    run_notebook(stage, notebook_parameters(stage, params, training_run), f"{stage}-{training_run}" if training_run else stage)
+    run_notebook(
+        stage, notebook_parameters(stage, params, training_run), f"{stage}-{training_run}" if training_run else stage
+    )
 
 
 def notebook_parameters(stage: str, params: dict, training_run: str | None = None) -> dict:
@@ -80,7 +83,10 @@ def _rounded(value):
         return {str(k): _rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(v) for v in value]
-    return round(float(value), 5) if hasattr(value, "__float__") and not isinstance(value, (int, str)) else value
+    if isinstance(value, (int, str)) or not hasattr(value, "__float__"):
+        return value
+    # JSON has no NaN: what is not defined (the precision of silence) is null.
+    return None if math.isnan(value) else round(float(value), 5)
 
 
 def _dataset(params: dict) -> None:
@@ -104,7 +110,9 @@ def _captioner(params: dict) -> None:
     from cim.manifest import read_manifest
 
     settings = group(CaptionerSettings, params.get("captioner"), "captioner")
-    curve = train_captioner(read_manifest(MANIFEST).split("pretrain"), ARTIFACTS / "encoder", settings, ARTIFACTS / "captioner")
+    curve = train_captioner(
+        read_manifest(MANIFEST).split("pretrain"), ARTIFACTS / "encoder", settings, ARTIFACTS / "captioner"
+    )
     write_metrics(RESULTS / "captioner" / "loss.json", {"curve": curve})
 
 

@@ -15,19 +15,10 @@ def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.nda
 
 def interval(samples: np.ndarray) -> list[float]:
     """[low, high], the central 95 % of bootstrap samples; NaNs (empty denominators) are passed over."""
+    if np.isnan(samples).all():
+        return [float("nan"), float("nan")]
     tail = (1 - LEVEL) / 2
     return [float(q) for q in np.nanquantile(samples, [tail, 1 - tail])]
-
-
-def ratio(numerator: np.ndarray, denominator: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """A ratio of sums over images, and its bootstrap samples.
-
-    Args:
-        numerator, denominator: (n,) per image.
-        weights: (resamples, n) from `resample_weights`.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator)
 
 
 def correlations(

@@ -25,7 +25,7 @@ from datasets import Dataset, Features, Image, List, Value
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from cim.encoders import EncoderSettings, load_encoders
+from cim.encoders import EncoderSettings, load_encoders, weights_digest
 from cim.errors import CimError
 from cim.gallery import load_gallery
 from cim.generation import chat, load_captioner
@@ -58,8 +58,13 @@ class TrainSettings:
 
     def __post_init__(self):
         require(self.group_size >= 2, "group_size must be at least 2: an advantage compares captions of one image")
-        require(min(self.steps, self.images_per_step, self.max_completion, self.save_every) >= 1, "counts must be positive")
-        require(self.lr > 0 and self.temperature > 0 and self.kl >= 0, "lr and temperature must be positive, kl not negative")
+        require(
+            min(self.steps, self.images_per_step, self.max_completion, self.save_every) >= 1, "counts must be positive"
+        )
+        require(
+            self.lr > 0 and self.temperature > 0 and self.kl >= 0,
+            "lr and temperature must be positive, kl not negative",
+        )
         require(self.lora_rank >= 0, "lora_rank cannot be negative")
 
 
@@ -173,7 +178,11 @@ def train_grpo(run: str, params: dict, artifacts: Path, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint_folder(out)
-    resume = last_checkpoint(checkpoints)
+    resume = last_checkpoint(
+        checkpoints,
+        {name: params[name] for name in ("train", "reward", "encoders")}
+        | {"run": run, "gallery": scorer.gallery.info, "model": weights_digest(model)},
+    )
     samples = out / "samples.jsonl"
     trim_samples(samples, resume)
     config = GRPOConfig(
@@ -208,7 +217,7 @@ def train_grpo(run: str, params: dict, artifacts: Path, out: Path) -> None:
         peft_config=lora(settings, model),
         callbacks=[StepLog(settings.warn_distinct)],
     )
-    finish(trainer, model, processor, settings, resume, out)
+    finish(trainer, processor, resume, out)
 
 
 def sft_dataset(manifest: Manifest, captions: list[str], prompt: str) -> Dataset:
@@ -219,7 +228,9 @@ def sft_dataset(manifest: Manifest, captions: list[str], prompt: str) -> Dataset
         "images": [[str(path)] for path in manifest.image_paths],
     }
     message = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    return Dataset.from_dict(rows, features=Features({"prompt": message, "completion": message, "images": List(Image())}))
+    return Dataset.from_dict(
+        rows, features=Features({"prompt": message, "completion": message, "images": List(Image())})
+    )
 
 
 def sft_captions(method: str, manifest: Manifest, settings: SftSettings, seed: int) -> list[str]:
@@ -248,6 +259,8 @@ def train_sft(run: str, params: dict, artifacts: Path, out: Path) -> None:
     model, processor = load_captioner(settings.model, device=torch.device("cpu"))
     out.mkdir(parents=True, exist_ok=True)
     checkpoints = checkpoint_folder(out)
+    made_of = {name: params[name] for name in ("train", "sft")} | {"run": run, "model": weights_digest(model)}
+    resume = last_checkpoint(checkpoints, made_of)
     config = SFTConfig(
         output_dir=str(checkpoints),
         seed=seed,
@@ -274,7 +287,7 @@ def train_sft(run: str, params: dict, artifacts: Path, out: Path) -> None:
         train_dataset=sft_dataset(manifest, sft_captions(method, manifest, sft, seed), settings.prompt),
         peft_config=lora(settings, model),
     )
-    finish(trainer, model, processor, settings, last_checkpoint(checkpoints), out)
+    finish(trainer, processor, resume, out)
 
 
 def lora(settings: TrainSettings, model):
@@ -302,8 +315,18 @@ def checkpoint_folder(out: Path) -> Path:
     return out.parent.parent / "checkpoints" / out.name
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+def last_checkpoint(folder: Path, made_of: dict) -> str | None:
+    """The checkpoint to go on from; checkpoints of a run on other parameters or data are deleted.
+
+    Args:
+        made_of: everything that the run depends on, as JSON values.
+    """
+    mark = folder / "made_of.json"
+    if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text()) != made_of):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(made_of))
+    return get_last_checkpoint(str(folder))
 
 
 def trim_samples(path: Path, resume: str | None) -> None:
@@ -321,7 +344,7 @@ def world_size() -> int:
     return PartialState().num_processes
 
 
-def finish(trainer, model, processor, settings: TrainSettings, resume: str | None, out: Path) -> None:
+def finish(trainer, processor, resume: str | None, out: Path) -> None:
     """Train, then save what evaluation needs and drop the checkpoints."""
     if resume:
         print(f"resuming from {resume}", flush=True)
@@ -344,7 +367,12 @@ def main() -> None:
     with one_line_errors():
         method, _ = parse_run(arguments.run)
         train = train_sft if method in SFT_METHODS else train_grpo
-        train(arguments.run, read_params(arguments.params), arguments.artifacts, arguments.artifacts / "train" / arguments.run)
+        train(
+            arguments.run,
+            read_params(arguments.params),
+            arguments.artifacts,
+            arguments.artifacts / "train" / arguments.run,
+        )
 
 
 if __name__ == "__main__":

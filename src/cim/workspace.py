@@ -62,7 +62,7 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: in
     params = compose(overrides)
     prepare(folder, params)
     cim = [sys.executable, "-m", "cim.cli"]
-    _check(cim + ["data"] if params["dataset"]["source"] == "world" else None, folder)
+    _check([*cim, "data"] if params["dataset"]["source"] == "world" else None, folder)
     if stages:
         for stage in stages:
             _check([*cim, "run", stage], folder)

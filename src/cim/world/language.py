@@ -132,7 +132,11 @@ def _falsify(scene: Scene, kind: str, i: int, rng: np.random.Generator) -> Scene
         objects[a], objects[b] = replace(objects[b], cell=objects[a].cell), replace(objects[a], cell=objects[b].cell)
     else:
         now = getattr(objects[i], kind)
-        options = {"name": tuple(FAMILIES[FAMILY_OF[objects[i].name]]), "colour": tuple(COLOURS), "size": ("small", "large")}
+        options = {
+            "name": tuple(FAMILIES[FAMILY_OF[objects[i].name]]),
+            "colour": tuple(COLOURS),
+            "size": ("small", "large"),
+        }
         objects[i] = replace(objects[i], **{kind: another(options[kind], now, rng)})
     return replace(scene, objects=tuple(objects))
 

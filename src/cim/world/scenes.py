@@ -79,6 +79,16 @@ def recoloured(scene: Scene, rng: np.random.Generator) -> Scene:
     return Scene(objects, str(rng.choice(BACKGROUNDS)))
 
 
+def relocated(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same objects, as they are, in other places: every relation between two of them may change, one must."""
+    while True:
+        cells = rng.choice(len(CELLS), size=len(scene.objects), replace=False)
+        moved = [replace(o, cell=CELLS[cell]) for o, cell in zip(scene.objects, cells, strict=True)]
+        other = replace(scene, objects=tuple(sorted(moved, key=lambda o: o.cell)))
+        if set(other.relations()) != set(scene.relations()):
+            return other
+
+
 def near_duplicates(scene: Scene) -> list[Scene]:
     """The scene and every one that differs from it only in the sizes of its objects: 4 or 8 scenes."""
     return [
@@ -108,15 +118,16 @@ def compose_splits(
 ) -> list[Placed]:
     """Draw every split so that none shares a scene graph with another.
 
-    Whether a reward can tell good captions from bad depends on the gallery's density. So train and test
-    scenes come from templates (objects and their places) that appear in `looks` looks (colours and
-    background); each look is in the gallery as `gallery_variants` scenes that differ in sizes only, some
-    of them drawn twice, and the train and test scenes are other such variants, held out. Train and test
-    share no template; pretrain scenes are independent of all.
+    Whether a reward can tell good captions from bad depends on what the gallery holds, near-duplicates as
+    well as contrasts. So train and test scenes come from templates: objects in `looks` colourings and
+    backgrounds, and the first of these once more with its objects in other places. Each such look is in
+    the gallery as `gallery_variants` scenes that differ in sizes only, some of them drawn twice, and the
+    train and test scenes are other such variants, held out. Train and test share no template; pretrain
+    scenes are independent of all.
 
     Args:
         pretrain, train, test: scenes in each split.
-        looks: looks of each template.
+        looks: colourings of each template; it has one look more, the relocated one.
         gallery_variants: gallery scenes of each look.
         objects: fewest and most objects of a scene.
     """
@@ -128,8 +139,9 @@ def compose_splits(
         made = 0
         while made < wanted:
             outline = random_scene(rng, objects)
-            for _ in range(looks):
-                variants = near_duplicates(recoloured(outline, rng))
+            colourings = [outline, *(recoloured(outline, rng) for _ in range(looks - 1))]
+            for look in (*colourings, relocated(outline, rng)):
+                variants = near_duplicates(look)
                 if made >= wanted or seen.intersection(variants):
                     continue
                 seen.update(variants)
