@@ -40,17 +40,17 @@ lab: $(SETUP)
 
 photos: $(SETUP)
 	@test -n "$(DATA)" || { echo "error: say which folder, in Flickr8k's layout: make photos DATA=path/to/flickr8k"; exit 2; }
-	cim pipeline runs/photos --stages dataset gallery correlation -- profile=photos "dataset.folder='$(abspath $(DATA))'"
+	cim pipeline runs/photos -S profile=photos -S "dataset.folder='$(abspath $(DATA))'" --stages dataset gallery correlation
 	rm -rf results/photos && cp -r runs/photos/results/correlation results/photos
 
 study: data
-	cim pipeline runs/study --jobs 2 profile=study
+	cim pipeline runs/study -S profile=study --jobs 2
 	rm -rf results/study && mkdir -p results/study
 	cp -r runs/study/results/train runs/study/results/evaluate results/study/
 	cim run results
 
 smoke: $(SETUP)
-	cim pipeline runs/smoke profile=smoke
+	cim pipeline runs/smoke -S profile=smoke
 
 lint: $(SETUP)
 	ruff check .

@@ -154,7 +154,7 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     assert "cim data" in only_error(cim("run", "dataset", cwd=tmp_path))
     (tmp_path / "params.yaml").write_text("dataset: {source: mars, folder: nowhere}\n")
     assert "'mars' is not known" in only_error(cim("run", "dataset", cwd=tmp_path))
-    assert "conf" in only_error(cim("params", "profile=smoke", cwd=tmp_path))
+    assert "conf" in only_error(cim("params", "-S", "profile=smoke", cwd=tmp_path))
 
 
 def test_a_failing_notebook_stage_fails_in_one_line_and_keeps_its_report(tmp_path):

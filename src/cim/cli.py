@@ -37,7 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.add_argument("--stages", nargs="*", default=[], help="run these stages one by one instead of 'dvc repro'")
     pipeline.add_argument("--jobs", type=int, default=1, help="training runs at once")
     for command in (params, pipeline):
-        command.add_argument("overrides", nargs="*", help="as in profile=smoke train.steps=20")
+        command.add_argument(
+            "-S",
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            help="as in -S profile=smoke -S train.steps=20",
+        )
     arguments = parser.parse_args(argv)
 
     with one_line_errors():

@@ -1,6 +1,6 @@
 """Profiles: composing params.yaml from conf/, and running the pipeline with other parameters beside the default one.
 
-`cim pipeline runs/smoke profile=smoke` copies what git tracks to runs/smoke, writes the composed
+`cim pipeline runs/smoke -S profile=smoke` copies what git tracks to runs/smoke, writes the composed
 parameters there and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of a former
 run are taken from it, and the default workspace is left alone.
 """
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,12 +71,36 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: in
     dvc = [sys.executable, "-m", "dvc", "repro"]
     if jobs > 1:
         _check([*dvc, "gallery", "captioner"], folder)
-        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-        runs = [f"train@{run}" for run in (*params["runs"]["grpo"], *params["runs"]["sft"])]
+        runs = [*(f"train@{run}" for run in params["runs"]["grpo"]), *(f"sft@{run}" for run in params["runs"]["sft"])]
         with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(_check, [*dvc, "--single-item", run], folder, env) for run in runs]:
+            for done in [pool.submit(_repro_beside_others, stage, folder, jobs) for stage in runs]:
                 done.result()
     _check(dvc, folder)
+
+
+def _repro_beside_others(stage: str, folder: Path, jobs: int) -> None:
+    """Run one training stage while others run, on a share of the cores; its output goes to logs/.
+
+    DVC gives up after seconds where another DVC holds its lock, as it does while it hashes outputs; so try again.
+    """
+    env = {**_environment(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    log = folder / "logs" / f"{stage}.log"
+    log.parent.mkdir(exist_ok=True)
+    print(f"{stage}: running, log in {log}", flush=True)
+    for _ in range(60):
+        with log.open("w") as out:
+            command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+            code = subprocess.run(
+                command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        text = log.read_text()
+        if code == 0:
+            print(f"{stage}: done", flush=True)
+            return
+        if "acquire lock" not in text and "rwlock" not in text:
+            break
+        time.sleep(2)
+    raise CimError(f"{stage} failed; see {log}, mend what it says and run the same again")
 
 
 def prepare(folder: Path, params: dict) -> None:
@@ -94,9 +119,11 @@ def prepare(folder: Path, params: dict) -> None:
     subprocess.run([sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache)], cwd=folder, check=True)
 
 
-def _check(command: list[str] | None, folder: Path, env: dict | None = None) -> None:
-    env = dict(os.environ if env is None else env)
+def _environment() -> dict[str, str]:
     # dvc.yaml calls `cim`, which lies beside this interpreter whether or not its environment is activated.
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-    if command and subprocess.run(command, cwd=folder, env=env, check=False).returncode != 0:
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+def _check(command: list[str] | None, folder: Path) -> None:
+    if command and subprocess.run(command, cwd=folder, env=_environment(), check=False).returncode != 0:
         raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; mend what it says above and run the same again")
