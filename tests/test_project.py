@@ -40,7 +40,7 @@ def test_the_lock_satisfies_pyproject():
 def test_the_conda_environment_installs_the_same_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    assert pip == ["-r requirements.lock", "--no-deps -e ."]
+    assert pip == ["-r requirements.lock", "-e ."]
     python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.removeprefix("python=") + ".0")

@@ -61,7 +61,7 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: in
         CimError: where a stage fails.
     """
     params = compose(overrides)
-    prepare(folder, params)
+    prepare(folder, params, cache=Path(".dvc/cache"))
     cim = [sys.executable, "-m", "cim.cli"]
     _check([*cim, "data"] if params["dataset"]["source"] == "world" else None, folder)
     if stages:
@@ -103,8 +103,8 @@ def _repro_beside_others(stage: str, folder: Path, jobs: int) -> None:
     raise CimError(f"{stage} failed; see {log}, mend what it says and run the same again")
 
 
-def prepare(folder: Path, params: dict) -> None:
-    """Make `folder` a copy of what git tracks here, with these parameters and this DVC cache."""
+def prepare(folder: Path, params: dict, cache: Path) -> None:
+    """Make `folder` a copy of what git tracks here, with these parameters, results of its own and this DVC cache."""
     folder.mkdir(parents=True, exist_ok=True)
     tracked = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, tracked):
@@ -115,8 +115,8 @@ def prepare(folder: Path, params: dict) -> None:
     (folder / "params.yaml").write_text(dump(params), encoding="utf-8")
     if not (folder / ".git").exists():
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    cache = Path(".dvc/cache").resolve()
-    subprocess.run([sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache)], cwd=folder, check=True)
+    command = [sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache.resolve())]
+    subprocess.run(command, cwd=folder, check=True)
 
 
 def _environment() -> dict[str, str]:
