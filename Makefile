@@ -41,7 +41,7 @@ lab: $(SETUP)
 photos: $(SETUP)
 	@test -n "$(DATA)" || { echo "error: say which folder, in Flickr8k's layout: make photos DATA=path/to/flickr8k"; exit 2; }
 	cim pipeline runs/photos -S profile=photos -S "dataset.folder='$(abspath $(DATA))'" --stages dataset gallery correlation
-	rm -rf results/photos && cp -r runs/photos/results/correlation results/photos
+	rm -rf results/photos && mkdir -p results && cp -r runs/photos/results/correlation results/photos
 
 study: data
 	cim pipeline runs/study -S profile=study --jobs 2

@@ -21,7 +21,9 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.envi
 
 
 def dvc(folder, *arguments):
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=ENV, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=ENV, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import sys
 from pathlib import Path
 
 from cim.errors import CimError
@@ -55,7 +55,6 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     REPORTS.mkdir(exist_ok=True)
-    os.environ.setdefault("TQDM_MININTERVAL", "5")
     target = REPORTS / f"{report}.ipynb"
     try:
         papermill.execute_notebook(
@@ -63,8 +62,10 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
             str(target),
             parameters=parameters,
             kernel_name="python3",
-            log_output=True,
             progress_bar=False,
+            # Progress goes to the terminal as it comes, not only into the report.
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
         )
     except PapermillExecutionError as error:
         what = error.evalue if error.ename == "CimError" else f"{error.ename}: {error.evalue}"
