@@ -123,21 +123,24 @@ class StepLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        distinct = logs.get("variety/distinct")
-        if distinct is not None:
+        step = f"step {state.global_step}/{state.max_steps}"
+        if "variety/distinct" not in logs:
+            if "loss" in logs:
+                print(f"{step}  loss {logs['loss']:.3f}", flush=True)
+            return
+        distinct = logs["variety/distinct"]
+        print(
+            f"{step}  reward {logs['reward']:.3f}  grc {logs['score/grc']:.3f}  qir {logs['score/qir']:.3f}  "
+            f"kl {logs.get('kl', 0):.4f}  words {logs['variety/words']:.1f}  distinct {distinct:.2f}",
+            flush=True,
+        )
+        if distinct < self.warn_distinct and not self.warned:
+            self.warned = True
             print(
-                f"step {state.global_step}/{state.max_steps}  reward {logs['reward']:.3f}  "
-                f"grc {logs['score/grc']:.3f}  qir {logs['score/qir']:.3f}  kl {logs.get('kl', 0):.4f}  "
-                f"words {logs['variety/words']:.1f}  distinct {distinct:.2f}",
+                f"WARNING: only {distinct:.0%} of the captions of this step are distinct: training is collapsing. "
+                "A better base, a denser gallery, a larger kl or beta, or a smaller lr prevents it.",
                 flush=True,
             )
-            if distinct < self.warn_distinct and not self.warned:
-                self.warned = True
-                print(
-                    f"WARNING: only {distinct:.0%} of the captions of this step are distinct: training is collapsing. "
-                    "A better base, a denser gallery, a larger kl or beta, or a smaller lr prevents it.",
-                    flush=True,
-                )
 
 
 class SampleLog:
@@ -186,8 +189,6 @@ def train_grpo(run: str, params: dict, artifacts: Path, out: Path) -> None:
     samples = out / "samples.jsonl"
     trim_samples(samples, resume)
     config = GRPOConfig(
-        output_dir=str(checkpoints),
-        seed=seed,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.images_per_step * settings.group_size // world_size(),
         num_generations=settings.group_size,
@@ -198,15 +199,7 @@ def train_grpo(run: str, params: dict, artifacts: Path, out: Path) -> None:
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=min(5, settings.steps),
         beta=settings.kl,
-        logging_steps=1,
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **trainer_arguments(settings.save_every, seed, checkpoints),
     )
     trainer = GRPOTrainer(
         model=model,
@@ -262,23 +255,13 @@ def train_sft(run: str, params: dict, artifacts: Path, out: Path) -> None:
     made_of = {name: params[name] for name in ("train", "sft")} | {"run": run, "model": weights_digest(model)}
     resume = last_checkpoint(checkpoints, made_of)
     config = SFTConfig(
-        output_dir=str(checkpoints),
-        seed=seed,
         max_steps=sft.steps,
         per_device_train_batch_size=max(1, sft.batch_size // world_size()),
         learning_rate=sft.lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(5, sft.steps),
-        logging_steps=1,
-        save_steps=settings.save_every,
-        save_total_limit=2,
         max_length=None,
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **trainer_arguments(settings.save_every, seed, checkpoints),
     )
     trainer = SFTTrainer(
         model=model,
@@ -286,8 +269,26 @@ def train_sft(run: str, params: dict, artifacts: Path, out: Path) -> None:
         args=config,
         train_dataset=sft_dataset(manifest, sft_captions(method, manifest, sft, seed), settings.prompt),
         peft_config=lora(settings, model),
+        callbacks=[StepLog(settings.warn_distinct)],
     )
     finish(trainer, processor, resume, out)
+
+
+def trainer_arguments(save_every: int, seed: int, checkpoints: Path) -> dict:
+    """What GRPO and SFT have in common: logging, checkpoints, device."""
+    return {
+        "output_dir": str(checkpoints),
+        "seed": seed,
+        "logging_steps": 1,
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 def lora(settings: TrainSettings, model):
