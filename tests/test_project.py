@@ -124,3 +124,21 @@ def test_what_git_holds_is_small():
     # Photos of others are never committed: pictures come from the pipeline alone.
     pictures = [f for f in files if Path(f).suffix in {".png", ".jpg", ".jpeg"}]
     assert all(f.startswith("results/") for f in pictures)
+
+
+def test_the_readmes_figures_are_those_of_the_committed_results(tmp_path):
+    from cim.report import readme_table
+
+    def committed(name: str) -> str:
+        return subprocess.run(
+            ["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+
+    # The committed files, since a user's own run may have written others since.
+    names = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    study = "results/study/evaluate/metrics.json"
+    source = study if study in names.stdout.splitlines() else "results/evaluate/metrics.json"
+    (tmp_path / "metrics.json").write_text(committed(source))
+    assert readme_table(tmp_path / "metrics.json") in committed("README.md")

@@ -180,3 +180,22 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
                 }
             )
     return out
+
+
+def readme_table(path: Path) -> str:
+    """The README's table in Markdown, percent with 95 % intervals."""
+    columns = {
+        "object_recall": "objects R",
+        "object_precision": "objects P",
+        "relation_recall": "relations R",
+        "relation_precision": "relations P",
+        "qa_accuracy": "questions",
+    }
+    methods = _read(path)["methods"]
+    lines = ["| | seeds | " + " | ".join(columns.values()) + " | words |", "| --- " * (len(columns) + 3) + "|"]
+    for method in LABELS:
+        if method in methods and method != "empty":
+            cells = methods[method]["metrics"]
+            row = [LABELS[method], str(len(methods[method]["seeds"])), *(_cell(cells[name]) for name in columns)]
+            lines.append("| " + " | ".join([*row, _cell(cells["words"], 1)]) + " |")
+    return "\n".join(lines)
