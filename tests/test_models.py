@@ -256,3 +256,18 @@ def test_samples_of_lost_steps_are_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 10]
     trim_samples(path, None)
     assert path.read_text() == ""
+
+
+def test_a_collapse_is_warned_of_once(capsys):
+    from types import SimpleNamespace
+
+    from cim.train import StepLog
+
+    log = StepLog(warn_distinct=0.2)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
+    logs = {"reward": 1.0, "score/grc": 1.0, "score/qir": 0.0, "variety/words": 5.0, "variety/distinct": 0.9}
+    log.on_log(None, state, None, logs=logs)
+    assert "WARNING" not in capsys.readouterr().out
+    for _ in range(2):
+        log.on_log(None, state, None, logs={**logs, "variety/distinct": 0.1})
+    assert capsys.readouterr().out.count("WARNING") == 1
