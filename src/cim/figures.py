@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from cim.evaluation import LABELS
 from cim.manifest import open_image
@@ -97,6 +98,8 @@ def density_figure(density: pd.DataFrame) -> Figure:
         sns.lineplot(part, x="rows", y="grc", hue="label", marker="o", ax=ax, legend=ax is axes[0, -1])
         ax.axhline(k**-0.5, ls="--", color="0.5", lw=1)
         ax.set(xscale="log", title=f"K = {k}", xlabel="gallery rows", ylabel="mean GRC")
+        ax.set_xticks(sorted(part["rows"].unique()), sorted(part["rows"].unique()), rotation=40)
+        ax.xaxis.set_minor_locator(NullLocator())
     axes[0, -1].legend(title="", fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     axes[0, 0].text(
         0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=axes[0, 0].get_yaxis_transform()

@@ -17,7 +17,7 @@ HEADLINE = {
     "attribute_recall": "attributes: recall",
     "background_recall": "background: recall",
     "qa_accuracy": "questions: accuracy",
-    "qa_balanced": "questions: balanced accuracy",
+    "qa_balanced": "questions: balanced",
 }
 
 # arXiv 2603.01696, COCO-LN500: model + CIM, with the gains over the base model as reported there.
