@@ -154,7 +154,7 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
             }
         )
     cell, base = methods["cim"]["metrics"]["relation_recall"], methods["base"]["metrics"]["relation_recall"]
-    relative = cell["gain"] / base["value"]
+    relative = cell["gain"] / base["value"] if base["value"] else float("inf")
     out.append(
         {
             "claim": "relation recall gains at least 20 % relative",
@@ -167,7 +167,8 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
         ("attribute_precision", "attribute"),
         ("relation_precision", "relation"),
     ):
-        held = methods["cim"]["metrics"][name]["gain_interval"][1] >= 0
+        highest = methods["cim"]["metrics"][name]["gain_interval"][1]
+        held = highest is not None and highest >= 0
         out.append({"claim": f"{what} precision does not fall", "measured": gain("cim", name), "held": held})
     for rival in ("grc", "qir", "sft", "self_retrieval", "clipscore"):
         if rival in methods:
