@@ -131,6 +131,8 @@ def claims(evaluation: Path, correlation: Path) -> list[dict]:
     for score, ladder in (("grc", "fineness"), ("qir", "fineness"), ("qir", "accuracy"), ("grc", "accuracy")):
         if score in follows.get(ladder, {}):
             value = follows[ladder][score]["by_level"]
+            if value is None:  # the score did not vary at all
+                value = 0.0
             out.append(
                 {
                     "claim": f"{score.upper()} rises with {ladder} (by level, at least 0.9)",
