@@ -162,8 +162,9 @@ def test_a_failing_notebook_stage_fails_in_one_line_and_keeps_its_report(tmp_pat
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     message = only_error(cim("run", "gallery", cwd=tmp_path))
     assert "no OpenCLIP model there" in message
-    assert "reports/gallery.ipynb" in message
-    assert (tmp_path / "reports" / "gallery.ipynb").is_file()
+    assert "reports/gallery.failed.ipynb" in message
+    assert (tmp_path / "reports" / "gallery.failed.ipynb").is_file()
+    assert not (tmp_path / "reports" / "gallery.ipynb").exists()
 
 
 def test_help_names_the_commands():

@@ -46,7 +46,9 @@ def notebook_parameters(stage: str, params: dict, training_run: str | None = Non
 
 
 def run_notebook(stage: str, parameters: dict, report: str) -> None:
-    """Execute notebooks/<stage>.ipynb into reports/, which keeps the outputs also where a cell fails.
+    """Execute notebooks/<stage>.ipynb into reports/<report>.ipynb.
+
+    Where a cell fails, what ran is kept as reports/<report>.failed.ipynb and the last good report stays.
 
     Raises:
         CimError: with the failing cell's error in one line.
@@ -55,11 +57,11 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     REPORTS.mkdir(exist_ok=True)
-    target = REPORTS / f"{report}.ipynb"
+    target, failed = REPORTS / f"{report}.ipynb", REPORTS / f"{report}.failed.ipynb"
     try:
         papermill.execute_notebook(
             f"notebooks/{stage}.ipynb",
-            str(target),
+            str(failed),
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
@@ -69,7 +71,8 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
         )
     except PapermillExecutionError as error:
         what = error.evalue if error.ename == "CimError" else f"{error.ename}: {error.evalue}"
-        raise CimError(f"{' '.join(what.split())[:500]} (see {target})") from None
+        raise CimError(f"{' '.join(what.split())[:500]} (see {failed})") from None
+    failed.replace(target)
 
 
 def write_metrics(path: Path, metrics: dict) -> None:
