@@ -24,7 +24,7 @@ HEADER = "# The active parameters, composed from conf/ by 'cim params'; README.m
 
 
 def compose(overrides: list[str], conf: Path = CONF) -> dict:
-    """Compose conf/config.yaml with overrides, as `dvc exp run -S` does.
+    """Compose conf/config.yaml with overrides in Hydra's syntax.
 
     Raises:
         CimError: for an unknown profile or parameter.
@@ -63,7 +63,8 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: in
     params = compose(overrides)
     prepare(folder, params, cache=Path(".dvc/cache"))
     cim = [sys.executable, "-m", "cim.cli"]
-    _check([*cim, "data"] if params["dataset"]["source"] == "world" else None, folder)
+    if params["dataset"]["source"] == "world":
+        _check([*cim, "data"], folder)
     if stages:
         for stage in stages:
             _check([*cim, "run", stage], folder)
@@ -124,6 +125,6 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
 
 
-def _check(command: list[str] | None, folder: Path) -> None:
-    if command and subprocess.run(command, cwd=folder, env=_environment(), check=False).returncode != 0:
+def _check(command: list[str], folder: Path) -> None:
+    if subprocess.run(command, cwd=folder, env=_environment(), check=False).returncode != 0:
         raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; mend what it says above and run the same again")
