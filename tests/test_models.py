@@ -18,7 +18,10 @@ import yaml
 from cim.captioner import END, IMAGE, build_processor
 from cim.errors import CimError
 from cim.generation import caption_images, chat, hold_batch_norm, load_captioner
-from cim.train import grpo_dataset, parse_run, sft_captions, trim_samples
+from cim.runs import parse_run
+from cim.train.common import StepLog
+from cim.train.grpo import grpo_dataset, trim_samples
+from cim.train.sft import SftSettings, sft_captions
 from cim.world.language import BACKGROUND_PHRASES, describe
 from cim.world.scenes import random_scene
 
@@ -58,7 +61,7 @@ def weights(folder):
 
 
 def test_the_tokenizer_knows_every_word_and_gives_back_the_text(rng):
-    processor = build_processor(112, 4, PROMPT)
+    processor = build_processor(112, PROMPT)
     tokenizer = processor.tokenizer
     texts = [describe(random_scene(rng), rng) for _ in range(200)]
     texts += [f"the background is {p}." for phrases in BACKGROUND_PHRASES.values() for p in phrases]
@@ -69,7 +72,7 @@ def test_the_tokenizer_knows_every_word_and_gives_back_the_text(rng):
 
 
 def test_the_chat_template_places_image_prompt_and_answer():
-    processor = build_processor(112, 4, PROMPT)
+    processor = build_processor(112, PROMPT)
     asked = processor.apply_chat_template(chat(PROMPT), add_generation_prompt=True, tokenize=False)
     assert asked == f"<user>{IMAGE}{PROMPT}<assistant>"
     told = [*chat(PROMPT), {"role": "assistant", "content": [{"type": "text", "text": "an owl."}]}]
@@ -120,8 +123,6 @@ def test_a_missing_model_is_one_clear_error(tmp_path):
 
 
 def test_annotators_leave_out_and_slip(world):
-    from cim.train import SftSettings
-
     settings = SftSettings(steps=1, batch_size=1, lr=1e-3, annotators={"colour": 0.0}, slip_rate=0.0)
     train_split = world.split("train")
     written = sft_captions("sft", train_split, settings, 0)
@@ -259,8 +260,6 @@ def test_samples_of_lost_steps_are_dropped(tmp_path):
 
 def test_a_collapse_is_warned_of_once(capsys):
     from types import SimpleNamespace
-
-    from cim.train import StepLog
 
     log = StepLog(warn_distinct=0.2)
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)

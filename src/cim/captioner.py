@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from cim.encoder_training import load_pixels
+from cim.encoder_training import load_pixels, normalise
 from cim.encoders import bfloat16_if_fast, default_device
 from cim.errors import CimError
 from cim.manifest import Manifest
@@ -37,6 +37,8 @@ from cim.world.language import BACKGROUND_PHRASES, FULL, RELATION_PHRASES, SIZE_
 from cim.world.scenes import Scene
 from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
 
+# The trunk's stride, 32 in timm's small test models, on images of 112 pixels.
+TOKENS_PER_SIDE = 4
 PAD, END, IMAGE, USER, ASSISTANT, UNKNOWN = "<pad>", "<end>", "<image>", "<user>", "<assistant>", "<unk>"
 
 CHAT_TEMPLATE = """{% for message in messages %}\
@@ -83,7 +85,7 @@ def detail_of(chances: dict[str, float], where: str) -> Detail:
     return Detail(**chances)
 
 
-def build_processor(image_size: int, tokens_per_side: int, prompt: str) -> LlavaProcessor:
+def build_processor(image_size: int, prompt: str) -> LlavaProcessor:
     """Image processor and word-level tokenizer for every word that the small world's English can use."""
     phrases = [prompt, ". , ? a an the is there and background"]
     phrases += [*COLOURS, *FAMILY_OF, *KIND_OF_FAMILY, *KIND_OF_FAMILY.values()]
@@ -122,7 +124,7 @@ def build_processor(image_size: int, tokens_per_side: int, prompt: str) -> Llava
     return LlavaProcessor(
         image_processor=images,
         tokenizer=fast,
-        patch_size=image_size // tokens_per_side,
+        patch_size=image_size // TOKENS_PER_SIDE,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
         image_token=IMAGE,
@@ -188,14 +190,18 @@ def train_captioner(manifest: Manifest, encoder: Path, settings: CaptionerSettin
     device = default_device()
     pixels = load_pixels(manifest)
     scenes = [Scene.from_json(s) for s in manifest.frame["scene"]]
-    # Four tokens a side: the stride of the trunk (32 for timm's small test models) on 112 pixels.
-    processor = build_processor(pixels.shape[-1], tokens_per_side=4, prompt=settings.prompt)
+    processor = build_processor(pixels.shape[-1], settings.prompt)
     model = build_model(processor, encoder, settings).to(device)
     tower = model.model.vision_tower
     tower.requires_grad_(False).eval()
     with torch.inference_mode(), bfloat16_if_fast(device):
-        maps = [tower(chunk.to(device).float() / 127.5 - 1).last_hidden_state.float() for chunk in pixels.split(256)]
+        maps = [tower(normalise(chunk, device)).last_hidden_state.float() for chunk in pixels.split(256)]
     features = torch.cat(maps).clone()
+    if features.shape[-1] != TOKENS_PER_SIDE:
+        raise CimError(
+            f"{encoder}: its trunk gives {features.shape[-1]} features a side, the captioner reads {TOKENS_PER_SIDE}; "
+            "set encoder.trunk to one of stride 32"
+        )
     _whiten_projector(model.model.multi_modal_projector.linear_1, features)
     prompt_ids = _prompt_ids(processor, settings.prompt)
 
@@ -242,7 +248,8 @@ def _whiten_projector(linear: nn.Linear, features: torch.Tensor) -> None:
 def _prompt_ids(processor: LlavaProcessor, prompt: str) -> list[int]:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    blank = torch.zeros(3, 112, 112, dtype=torch.uint8)
+    side = processor.image_processor.crop_size["height"]
+    blank = torch.zeros(3, side, side, dtype=torch.uint8)
     return processor(images=[blank], text=[text])["input_ids"][0]
 
 

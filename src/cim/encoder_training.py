@@ -114,8 +114,9 @@ def load_pixels(manifest: Manifest) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _normalised(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # (x - 0.5) / 0.5, as the saved preprocessing does; channels last is the fast layout for convolutions.
+def normalise(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 pixels as the saved preprocessing gives them to the trunk: (x / 255 - 0.5) / 0.5."""
+    # Channels last is the fast layout for convolutions.
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -143,7 +144,7 @@ def train_trunk(
 
     def features(images: torch.Tensor) -> torch.Tensor:
         with bfloat16_if_fast(device):
-            return trunk.forward_features(_normalised(images, device)).float()
+            return trunk.forward_features(normalise(images, device)).float()
 
     def crop_loss(rows: torch.Tensor) -> torch.Tensor:
         image, cell = occupied[rows].T
@@ -219,7 +220,7 @@ def train_clip(model: nn.Module, pixels: torch.Tensor, captions: list[str], sett
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=64)(captions).to(device)
     with torch.inference_mode(), bfloat16_if_fast(device):
         chunks = tqdm(pixels.split(256), desc="trunk features", mininterval=2)
-        pooled = torch.cat([model.visual.trunk(_normalised(chunk, device)).float() for chunk in chunks])
+        pooled = torch.cat([model.visual.trunk(normalise(chunk, device)).float() for chunk in chunks])
     pooled = pooled.clone()  # out of inference mode, so that the head's backward may keep it
     held_out = max(1, len(pixels) // 20)
     known = len(pixels) - held_out

@@ -11,6 +11,7 @@ import pandas as pd
 
 from cim.generation import caption_images, load_captioner
 from cim.manifest import Manifest
+from cim.runs import parse_run
 from cim.scorer import variety
 from cim.settings import require
 from cim.statistics import interval, resample_weights
@@ -27,6 +28,7 @@ METRICS = (
     "qa_told",
     "words",
 )
+BASE = "base-0"  # named like a run, though nothing trains it here
 LABELS = {
     "base": "base",
     "sft": "SFT, annotators' captions",
@@ -58,15 +60,15 @@ class EvaluateSettings:
 
 def caption_runs(settings: EvaluateSettings, runs: list[str], manifest: Manifest, artifacts: Path) -> pd.DataFrame:
     """Greedy captions of the base model and of every run; columns method, seed, image_id, caption."""
-    models = {"base-0": Path(settings.base), **{run: artifacts / "train" / run for run in runs}}
+    models = {BASE: Path(settings.base), **{run: artifacts / "train" / run for run in runs}}
     parts = []
     for run, folder in models.items():
-        method, _, seed = run.rpartition("-")
+        method, seed = ("base", 0) if run == BASE else parse_run(run)
         model, processor = load_captioner(folder)
         captions = caption_images(model, processor, manifest, settings.prompt, settings.max_new_tokens, progress=False)
         print(f"{run}: {np.mean([len(c.split()) for c in captions]):.1f} words, e.g. {captions[0]!r}", flush=True)
         ids = manifest.frame["image_id"]
-        parts.append(pd.DataFrame({"method": method, "seed": int(seed), "image_id": ids, "caption": captions}))
+        parts.append(pd.DataFrame({"method": method, "seed": seed, "image_id": ids, "caption": captions}))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -81,17 +81,3 @@ def self_retrieval(text: np.ndarray, source: np.ndarray, gallery: np.ndarray) ->
     # A margin above rounding, so that a source that is itself in the gallery does not outrank itself.
     rank = 1 + (text @ gallery.T > own[:, None] + 1e-3).sum(axis=1)
     return 1.0 - np.log(rank) / np.log(len(gallery) + 1)
-
-
-def group_advantages(rewards: np.ndarray, group_size: int, epsilon: float = 1e-4) -> np.ndarray:
-    """GRPO's advantage A = (Y - mean(Y)) / (std(Y) + epsilon) within each group of captions of one image.
-
-    Args:
-        rewards: (n,) rewards, the captions of one image next to each other; n a multiple of `group_size`.
-
-    Returns:
-        (n,) advantages.
-    """
-    groups = rewards.reshape(-1, group_size)
-    spread = groups.std(axis=1, ddof=1, keepdims=True)
-    return ((groups - groups.mean(axis=1, keepdims=True)) / (spread + epsilon)).reshape(-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cim.world.scenes import Scene, SceneObject
-from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, FAMILY_OF, INVERSE, KIND_OF
+from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, FAMILY_OF, INVERSE, KIND_OF, SIZES
 
 # Several wordings for one fact; the reader (cim.world.reader) knows exactly these.
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -135,7 +135,7 @@ def _falsify(scene: Scene, kind: str, i: int, rng: np.random.Generator) -> Scene
         options = {
             "name": tuple(FAMILIES[FAMILY_OF[objects[i].name]]),
             "colour": tuple(COLOURS),
-            "size": ("small", "large"),
+            "size": SIZES,
         }
         objects[i] = replace(objects[i], **{kind: another(options[kind], now, rng)})
     return replace(scene, objects=tuple(objects))

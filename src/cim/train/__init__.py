@@ -1,0 +1,1 @@
+"""GRPO with a retrieval reward (grpo), supervised fine-tuning as its baseline (sft), and what both share (common)."""

@@ -1,0 +1,38 @@
+"""One training run; the notebook notebooks/train.ipynb starts it, and it can be started by hand as well:
+
+    accelerate launch --num_processes 1 --cpu -m cim.train --run cim-0              two CPU cores
+    accelerate launch --num_processes 1 -m cim.train --run cim-0                    one GPU
+    accelerate launch --num_processes 8 --mixed_precision bf16 -m cim.train --run cim-0    eight GPUs
+
+A run is METHOD-SEED: the method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), sft
+(captions as annotators write them) or sft_perfect (captions that leave out nothing and err nowhere).
+Killed, the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cim.cli import one_line_errors
+from cim.runs import SFT_METHODS, parse_run
+from cim.settings import read_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    arguments = parser.parse_args()
+    with one_line_errors():
+        method, _ = parse_run(arguments.run)
+        if method in SFT_METHODS:
+            from cim.train.sft import train
+        else:
+            from cim.train.grpo import train
+        train(arguments.run, read_params(arguments.params), arguments.artifacts)
+
+
+if __name__ == "__main__":
+    main()

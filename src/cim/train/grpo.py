@@ -1,0 +1,101 @@
+"""GRPO with a retrieval reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value
+
+from cim.encoders import EncoderSettings, load_encoders
+from cim.gallery import load_gallery
+from cim.manifest import Manifest
+from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward
+from cim.settings import group
+from cim.train.common import Job, world_size
+
+
+def grpo_dataset(manifest: Manifest, prompt: str) -> Dataset:
+    """Columns prompt, image, image_id; the images stay files until a batch needs them."""
+    rows = {
+        "prompt": [[{"role": "user", "content": prompt}]] * len(manifest),
+        "image": [str(path) for path in manifest.image_paths],
+        "image_id": manifest.frame["image_id"].tolist(),
+    }
+    features = Features(
+        {
+            "prompt": List({"role": Value("string"), "content": Value("string")}),
+            "image": Image(),
+            "image_id": Value("string"),
+        }
+    )
+    return Dataset.from_dict(rows, features=features)
+
+
+class SampleLog:
+    """Wraps a reward and keeps the captions of a few images of every tenth step, with their rewards."""
+
+    def __init__(self, reward, path: Path, every: int = 10, images: int = 2):
+        self.reward, self.path, self.every, self.images = reward, path, every, images
+        self.__name__ = reward.__name__
+
+    def __call__(self, completions, image_id, trainer_state=None, **columns) -> list[float]:
+        values = self.reward(completions=completions, image_id=image_id, **columns)
+        step = trainer_state.global_step if trainer_state is not None else 0
+        if trainer_state is not None and trainer_state.is_world_process_zero and step % self.every == 0:
+            shown = list(dict.fromkeys(image_id))[: self.images]
+            with self.path.open("a") as lines:
+                for completion, image, value in zip(completions, image_id, values, strict=True):
+                    if image in shown:
+                        row = {"step": step, "image_id": image, "caption": completion_text(completion), "reward": value}
+                        lines.write(json.dumps(row) + "\n")
+        return values
+
+
+def trim_samples(path: Path, resume: str | None) -> None:
+    """Drop samples that a resumed run will write again."""
+    if not path.is_file():
+        return
+    upto = int(resume.rpartition("-")[2]) if resume else 0
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < upto]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def train(run: str, params: dict, artifacts: Path) -> None:
+    """Train on the run's reward; write model, log.json and samples.jsonl to artifacts/train/RUN."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    reward_settings = group(RewardSettings, params.get("reward"), "reward")
+    encoders = group(EncoderSettings, params.get("encoders"), "encoders")
+    job = Job.start(run, params, artifacts)
+    settings = job.settings
+    text, image = load_encoders(encoders)
+    scorer = Scorer(load_gallery(artifacts / "gallery", text, image), text, image, reward_settings)
+    scorer.add_sources(job.images, progress=True)
+    # A k that the gallery cannot give fails here, not after the first rollout.
+    scorer.retrieval_scores([job.images.captions[0]], [job.images.frame["image_id"][0]])
+
+    made_of = {name: params[name] for name in ("train", "reward", "encoders")}
+    resume = job.resume_from(made_of | {"gallery": scorer.gallery.info})
+    samples = job.out / "samples.jsonl"
+    trim_samples(samples, resume)
+    config = GRPOConfig(
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.images_per_step * settings.group_size // world_size(),
+        num_generations=settings.group_size,
+        steps_per_generation=1,
+        max_completion_length=settings.max_completion,
+        temperature=settings.temperature,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(5, settings.steps),
+        beta=settings.kl,
+        **job.trainer_arguments(),
+    )
+    trainer = GRPOTrainer(
+        args=config,
+        reward_funcs=SampleLog(trl_reward(scorer, job.method), samples),
+        train_dataset=grpo_dataset(job.images, settings.prompt),
+        **job.trainer_parts(),
+    )
+    job.finish(trainer, resume)
