@@ -2,7 +2,7 @@
 # make test    set up and run the tests
 # make lab     set up and open JupyterLab
 # make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
-# make study   five seeds of CIM, three of each rival (about an hour on two cores)
+# make study   five seeds of CIM, three of each rival (some 40 minutes on two idle cores)
 # make smoke   every stage in a few minutes, in a folder of its own
 
 PYTHON ?= python3
@@ -45,8 +45,8 @@ photos: $(SETUP)
 
 study: data
 	cim pipeline runs/study -S profile=study --jobs 2
-	rm -rf results/study && mkdir -p results/study
-	cp -r runs/study/results/train runs/study/results/evaluate results/study/
+	rm -rf results/study && mkdir -p results/study/train
+	cp runs/study/results/train/*.json results/study/train && cp -r runs/study/results/evaluate results/study
 	cim run results
 
 smoke: $(SETUP)
