@@ -69,10 +69,11 @@ def encoders(encoder_folder):
 
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory, world, encoders):
-    from cim.gallery import build_gallery, load_gallery
+    from cim.gallery import GallerySettings, load_gallery
+    from cim.gallery_build import build_gallery
 
     folder = tmp_path_factory.mktemp("gallery") / "gallery"
-    build_gallery(world, ["gallery", "train"], *encoders, folder)
+    build_gallery(world, GallerySettings(splits=["gallery", "train"]), *encoders, folder)
     return load_gallery(folder, *encoders)
 
 

@@ -1,6 +1,5 @@
 """The captioner, its captions, and training it: short real runs."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import yaml
 
 from cim.captioner import END, IMAGE, build_processor
 from cim.errors import CimError
+from cim.gallery import fingerprint
 from cim.generation import caption_images, chat, hold_batch_norm, load_captioner
 from cim.runs import parse_run
 from cim.train.common import StepLog
@@ -218,7 +218,7 @@ def test_grpo_raises_the_reward(workspace, gallery):
     vectors[rewarded, 0] = vectors[~rewarded, 1] = 1
     np.save(folder / "images.npy", vectors)
     info = json.loads((folder / "gallery.json").read_text())
-    info["sha256"]["images.npy"] = hashlib.sha256((folder / "images.npy").read_bytes()).hexdigest()
+    info["files"]["images.npy"]["quick"] = fingerprint(folder / "images.npy")
     (folder / "gallery.json").write_text(json.dumps(info))
 
     done = train(workspace, "qir-2", steps=36, lr=1e-3, images_per_step=16, max_completion=32, kl=0.0)

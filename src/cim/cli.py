@@ -1,4 +1,4 @@
-"""The command line: `cim data`, `cim run STAGE`, `cim params`, `cim pipeline`."""
+"""The command line: `cim data`, `cim run STAGE`, `cim params`, `cim pipeline`, `cim gallery`, `cim score`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cim import stages
+    from cim import cli_gallery, stages
 
     parser = argparse.ArgumentParser(prog="cim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,10 +45,13 @@ def main(argv: list[str] | None = None) -> None:
             default=[],
             help="as in -S profile=smoke -S train.steps=20",
         )
+    cli_gallery.add_commands(commands)
     arguments = parser.parse_args(argv)
 
     with one_line_errors():
-        if arguments.command == "data":
+        if "handle" in arguments:
+            arguments.handle(arguments)
+        elif arguments.command == "data":
             from cim.rawdata import make_raw_data
 
             print(f"{arguments.folder}: {make_raw_data(arguments.folder, arguments.folder.with_suffix('.dvc'))}")

@@ -54,10 +54,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16, rather than emulating it."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def bfloat16_if_fast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the hardware computes in it, and not where it would be emulated."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    """Autocast to bfloat16 where the hardware computes in it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bfloat16(device))
 
 
 class TextEncoder:
@@ -78,6 +82,10 @@ class TextEncoder:
         self.dim = int(model.get_embedding_dimension())
         self.max_tokens = model.max_seq_length
         self.digest = weights_digest(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
         """(n, dim) float32, each row of length 1."""
@@ -124,23 +132,48 @@ class ImageEncoder:
         """Whether it has a text tower (an image-only model has none)."""
         return self._embed_text is not None
 
-    def encode(self, images: Sequence[Path | Image.Image], progress: bool = False) -> np.ndarray:
-        """(n, dim) float32, each row of length 1; files are read by workers while the model computes."""
+    def encode(
+        self,
+        images: Sequence[Path | Image.Image | Callable[[], Image.Image]],
+        progress: bool = False,
+        unreadable: dict[int, str] | None = None,
+    ) -> np.ndarray:
+        """Embed images; files are read by workers while the model computes.
+
+        Args:
+            images: files, opened images, or functions that open one.
+            unreadable: where given, images that cannot be read are noted here, position to reason, and get zeros.
+
+        Returns:
+            (n, dim) float32, each row of length 1.
+
+        Raises:
+            CimError: naming an image that cannot be read, where `unreadable` is not given.
+        """
 
         def load(batch):
-            opened = (image if isinstance(image, Image.Image) else open_image(image) for image in batch)
-            return torch.stack([self._preprocess(image) for image in opened])
+            pixels, rows, errors = [], [], {}
+            for row, image in batch:
+                try:
+                    pixels.append(self._preprocess(_opened(image)))
+                    rows.append(row)
+                except CimError as error:
+                    if unreadable is None:
+                        raise
+                    errors[row] = str(error)
+            return torch.stack(pixels) if pixels else None, rows, errors
 
         # Workers pay off where the model runs elsewhere; on a CPU they would compete with it.
         workers = 4 if self.device.type == "cuda" and len(images) > 1000 else 0
-        loader = DataLoader(list(images), self.batch_size, collate_fn=load, num_workers=workers)
+        loader = DataLoader(list(enumerate(images)), self.batch_size, collate_fn=load, num_workers=workers)
         out = np.zeros((len(images), self.dim), np.float32)
-        row = 0
         with torch.inference_mode():
-            for pixels in tqdm(loader, desc="encoding images", disable=not progress, mininterval=2):
-                vectors = torch.nn.functional.normalize(self._embed(pixels.to(self.device)).float(), dim=-1)
-                out[row : row + len(vectors)] = vectors.cpu().numpy()
-                row += len(vectors)
+            for pixels, rows, errors in tqdm(loader, desc="encoding images", disable=not progress, mininterval=2):
+                if errors:
+                    unreadable.update(errors)
+                if rows:
+                    vectors = torch.nn.functional.normalize(self._embed(pixels.to(self.device)).float(), dim=-1)
+                    out[rows] = vectors.cpu().numpy()
         return out
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
@@ -157,6 +190,12 @@ class ImageEncoder:
                 vectors = self._embed_text(list(texts[start : start + self.batch_size]))
                 parts.append(torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy())
         return np.concatenate(parts)
+
+
+def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    return image() if callable(image) else open_image(image)
 
 
 def load_text_encoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 import pyarrow as pa
@@ -93,16 +94,21 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(frame, root, str(path))
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(source: Path | str | BinaryIO, name: str = "") -> Image.Image:
     """The image as RGB, fully decoded.
+
+    Args:
+        source: a path or an open file.
+        name: what to call it in an error, where it is not a path.
 
     Raises:
         CimError: naming the file, where it is missing or cannot be decoded.
     """
+    name = name or source
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise CimError(f"{path}: image not found; mend the manifest or restore the file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise CimError(f"{path}: unreadable image ({error}); replace it or take it out of the data set") from None
+        raise CimError(f"{name}: image not found; mend the manifest or restore the file") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CimError(f"{name}: unreadable image ({error}); replace it or take it out of the data set") from None

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from PIL.Image import Image
 
 from cim import rewards
-from cim.encoders import ImageEncoder, TextEncoder
+from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from cim.errors import CimError
-from cim.gallery import Gallery
-from cim.manifest import Manifest
+from cim.gallery import Gallery, load_gallery, read_info
+from cim.manifest import Manifest, open_image
 from cim.settings import require
 
 REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
@@ -55,6 +59,23 @@ class Scorer:
         vectors = self.image.encode(rest.image_paths, progress=progress)
         self._sources.update(zip(rest.frame["image_id"], vectors, strict=True))
 
+    def add_images(self, images: Mapping[str, Callable[[], Image]], unreadable: dict[str, str] | None = None) -> None:
+        """Embed single images, so that captions of them can be scored by image_id; those known are passed over.
+
+        Args:
+            images: image_id to a function that opens the image.
+            unreadable: where given, images that cannot be read are noted here with the reason.
+
+        Raises:
+            CimError: naming an image that cannot be read, where `unreadable` is not given.
+        """
+        new = [image_id for image_id in images if image_id not in self._sources]
+        bad: dict[int, str] = {}
+        vectors = self.image.encode([images[i] for i in new], unreadable=None if unreadable is None else bad)
+        for position, reason in bad.items():
+            unreadable[new[position]] = reason
+        self._sources.update((i, v) for p, (i, v) in enumerate(zip(new, vectors, strict=True)) if p not in bad)
+
     def source_vectors(self, image_ids: Sequence[str]) -> np.ndarray:
         """(n, d) embeddings of source images that were added."""
         try:
@@ -75,16 +96,35 @@ class Scorer:
 
         An empty caption retrieves nothing and gets the lowest value of each.
         """
+        return self.scores_and_rows(captions, image_ids)[0]
+
+    def scores_and_rows(self, captions: Sequence[str], image_ids: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
+        """The retrieval_scores, and the (n, k) gallery rows that each caption retrieved, -1 for an empty one."""
         spoken = np.array([bool(c.strip()) for c in captions], dtype=bool)
         grc = np.zeros(len(spoken))
         qir = np.full(len(spoken), -self.weights.sum())
+        rows = np.full((len(spoken), self.settings.k), -1)
         if spoken.any():
             said = [c for c, s in zip(captions, spoken, strict=True) if s]
             of = [i for i, s in zip(image_ids, spoken, strict=True) if s]
-            retrieved = self.gallery.image_vectors(self.retrieve(said, of))
+            rows[spoken] = self.retrieve(said, of)
+            retrieved = self.gallery.image_vectors(rows[spoken])
             grc[spoken] = rewards.gallery_representation_consistency(retrieved)
             qir[spoken] = rewards.query_gallery_image_relevance(self.source_vectors(of), retrieved, self.weights)
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": rewards.cim(grc, qir, self.settings.beta)})
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": rewards.cim(grc, qir, self.settings.beta)}), rows
+
+    def score(self, images: Sequence[Path | str], captions: Sequence[str]) -> pd.DataFrame:
+        """GRC, QIR and CIM of captions of image files, which need not be in the gallery.
+
+        An image counts as the gallery's own, and is left out of what its captions retrieve, where the gallery
+        knows it by the same path as its image_id.
+
+        Raises:
+            CimError: naming an image that cannot be read.
+        """
+        ids = [str(image) for image in images]
+        self.add_images({image_id: partial(open_image, image_id) for image_id in ids})
+        return self.retrieval_scores(captions, ids)
 
     def paired_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
         """The rivals that compare text and image directly, columns clipscore, self_retrieval; 0 where empty.
@@ -103,6 +143,23 @@ class Scorer:
                 "self_retrieval": np.where(spoken, rewards.self_retrieval(text, source, self._gallery_images), 0.0),
             }
         )
+
+
+def load_scorer(
+    folder: Path | str,
+    settings: RewardSettings = RewardSettings(),
+    device: torch.device | None = None,
+    text_precision: str = "bfloat16",
+) -> Scorer:
+    """A scorer on a gallery, with the encoders that it was built with.
+
+    Raises:
+        CimError: where the gallery or one of its encoders cannot be had.
+    """
+    info = read_info(Path(folder))
+    text = load_text_encoder(info["text_encoder"]["spec"], device=device, precision=text_precision)
+    image = load_image_encoder(info["image_encoder"]["spec"], device=device)
+    return Scorer(load_gallery(folder, text, image), text, image, settings)
 
 
 def trl_reward(scorer: Scorer, name: str):

@@ -191,10 +191,3 @@ def last_checkpoint(folder: Path, made_of: dict) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(made_of))
     return get_last_checkpoint(str(folder))
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    from accelerate import PartialState
-
-    return PartialState().num_processes

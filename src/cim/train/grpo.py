@@ -10,9 +10,10 @@ from datasets import Dataset, Features, Image, List, Value
 from cim.encoders import EncoderSettings, load_encoders
 from cim.gallery import load_gallery
 from cim.manifest import Manifest
+from cim.processes import processes
 from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward
 from cim.settings import group
-from cim.train.common import Job, world_size
+from cim.train.common import Job
 
 
 def grpo_dataset(manifest: Manifest, prompt: str) -> Dataset:
@@ -81,7 +82,7 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     trim_samples(samples, resume)
     config = GRPOConfig(
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.images_per_step * settings.group_size // world_size(),
+        per_device_train_batch_size=settings.images_per_step * settings.group_size // processes().num_processes,
         num_generations=settings.group_size,
         steps_per_generation=1,
         max_completion_length=settings.max_completion,

@@ -10,8 +10,9 @@ from datasets import Dataset, Features, Image, List, Value
 
 from cim.generation import chat
 from cim.manifest import Manifest
+from cim.processes import processes
 from cim.settings import group, require
-from cim.train.common import Job, world_size
+from cim.train.common import Job
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     resume = job.resume_from({name: params[name] for name in ("train", "sft")})
     config = SFTConfig(
         max_steps=sft.steps,
-        per_device_train_batch_size=max(1, sft.batch_size // world_size()),
+        per_device_train_batch_size=max(1, sft.batch_size // processes().num_processes),
         learning_rate=sft.lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(5, sft.steps),

@@ -1,0 +1,481 @@
+"""Large galleries: sources, building in shards, enlarging, and everything that can go wrong on the way."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cim import cli, gallery_build
+from cim.errors import CimError
+from cim.gallery import GallerySettings, fingerprint, load_gallery
+from cim.gallery_build import add_to_gallery, build_gallery, rebuild_index
+from cim.sources import Record, Shard, open_stored, shards_of
+from conftest import ROOT
+
+SETTINGS = GallerySettings(splits=["-"], shard_rows=8)
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    """Forty captioned images: image_id, absolute image path, caption."""
+    part = world.split("gallery").take(range(40))
+    return pd.DataFrame(
+        {
+            "image_id": part.frame["image_id"],
+            "image": [str(p.resolve()) for p in part.image_paths],
+            "caption": part.captions,
+        }
+    )
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows.to_dict("records")))
+    return path
+
+
+def write_tar(path, rows, json_captions=False):
+    with tarfile.open(path, "w") as tar:
+        for r in rows.to_dict("records"):
+            caption = json.dumps({"caption": r["caption"]}) if json_captions else r["caption"]
+            members = {".png": Path(r["image"]).read_bytes(), ".json" if json_captions else ".txt": caption.encode()}
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(r["image_id"] + suffix)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read(shards):
+    return [record for shard in shards for record in shard.read()]
+
+
+def same_gallery(a, b):
+    return (
+        np.array_equal(a.texts, b.texts)
+        and np.allclose(a.images, b.images, atol=2e-3)
+        and a.rows["image_id"].tolist() == b.rows["image_id"].tolist()
+    )
+
+
+def test_every_kind_of_source_gives_the_same_records(rows, tmp_path):
+    content = rows.assign(image=[Path(p).read_bytes() for p in rows["image"]])
+    struct = rows.assign(image=[{"bytes": Path(p).read_bytes(), "path": f"x/{i}"} for i, p in enumerate(rows["image"])])
+    for name, frame in (("paths", rows), ("bytes", content), ("struct", struct)):
+        frame.to_parquet(tmp_path / f"{name}.parquet", row_group_size=17)
+    sources = [
+        tmp_path / "paths.parquet",
+        tmp_path / "bytes.parquet",
+        tmp_path / "struct.parquet",
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        write_tar(tmp_path / "txt.tar", rows),
+        write_tar(tmp_path / "json.tar", rows, json_captions=True),
+    ]
+    expected = [np.asarray(Record("", "", image).open()) for image in rows["image"]]
+    for source in sources:
+        shards = shards_of([source], rows=7)
+        assert len({shard.name for shard in shards}) == len(shards)
+        records = read(shards)
+        assert [r.image_id for r in records] == rows["image_id"].tolist(), source
+        assert [r.caption for r in records] == rows["caption"].tolist(), source
+        for record, pixels in zip(records[:3], expected, strict=False):
+            assert (np.asarray(record.open()) == pixels).all(), source
+    assert len(read(shards_of([tmp_path], rows=100))) == 6 * 40
+    member = read(shards_of([tmp_path / "txt.tar"], 7))[0].image
+    assert (np.asarray(open_stored(member)) == expected[0]).all()
+
+
+def test_sources_that_cannot_be_used_are_named(rows, tmp_path):
+    (tmp_path / "empty").mkdir()
+    rows.drop(columns="caption").to_parquet(tmp_path / "no_caption.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "broken.jsonl").write_text('{"image": "a.png"}\n')
+    (tmp_path / "cut.tar").write_bytes(write_tar(tmp_path / "whole.tar", rows).read_bytes()[:3000])
+    (tmp_path / "rows.csv").write_text("image,caption\n")
+    for name, says in (
+        ("nowhere.jsonl", "not found"),
+        ("empty", "no .parquet, .tar, .jsonl file"),
+        ("no_caption.parquet", "column 'caption' is missing"),
+        ("broken.parquet", "not a readable Parquet"),
+        ("broken.jsonl", "broken.jsonl:1"),
+        ("cut.tar", "not a readable tar"),
+        ("rows.csv", "unknown kind"),
+    ):
+        with pytest.raises(CimError, match=says):
+            read(shards_of([tmp_path / name], 10))
+
+
+def test_shards_are_the_same_gallery_as_one_piece(rows, encoders, tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for name, shard_rows in (("one", 100), ("many", 8)):
+        build_gallery(shards_of([source], shard_rows), SETTINGS, *encoders, tmp_path / name)
+    one, many = load_gallery(tmp_path / "one", *encoders), load_gallery(tmp_path / "many", *encoders)
+    np.testing.assert_allclose(one.texts, many.texts, atol=1e-3)
+    np.testing.assert_allclose(one.images, many.images, atol=2e-3)
+    assert one.rows.equals(many.rows)
+    assert not (tmp_path / "many.building").exists()
+
+
+def test_what_cannot_be_used_is_left_out_and_listed(rows, encoders, tmp_path):
+    frame = rows.copy()
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    frame.loc[3, "image"] = str(tmp_path / "broken.png")
+    frame.loc[11, "caption"] = " "
+    frame.loc[12, "image"] = str(tmp_path / "nowhere.png")
+    frame.loc[30, "image_id"] = frame.loc[2, "image_id"]
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", frame)], 8)
+    folder = tmp_path / "gallery"
+    with pytest.raises(CimError, match=r"broken\.png.*mend or drop it"):
+        build_gallery(shards, SETTINGS, *encoders, folder)
+    settings = GallerySettings(splits=["-"], shard_rows=8, max_skipped=0.05)
+    with pytest.raises(CimError, match=r"4 of 40 rows cannot be used.*what is embedded is kept"):
+        build_gallery(shards, settings, *encoders, folder)
+    assert not folder.exists()
+    settings = GallerySettings(splits=["-"], shard_rows=8, max_skipped=0.1)
+    info = build_gallery(shards, settings, *encoders, folder)
+    assert (info["rows"], info["skipped"]) == (36, 4)
+    reasons = [json.loads(line)["reason"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [r.partition(":")[0].rpartition("/")[2] for r in reasons] == [
+        "broken.png", "empty caption", "nowhere.png", "image_id occurs more than once",
+    ]  # fmt: skip
+    kept = rows.drop(index=[3, 11, 12, 30])
+    assert load_gallery(folder).rows["image_id"].tolist() == kept["image_id"].tolist()
+
+
+def test_a_nan_vector_stops_the_build_by_name(rows, encoders, tmp_path, monkeypatch):
+    text, image = encoders
+    encode = type(text).encode
+
+    def broken(self, texts, progress=False):
+        vectors = encode(self, texts, progress)
+        vectors[[t == rows["caption"][20] for t in texts]] = np.nan
+        return vectors
+
+    monkeypatch.setattr(type(text), "encode", broken)
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8)
+    with pytest.raises(CimError, match=f"'{rows['image_id'][20]}'.*gives NaN"):
+        build_gallery(shards, SETTINGS, text, image, tmp_path / "gallery")
+    assert not (tmp_path / "gallery").exists()
+
+
+def test_adding_embeds_only_what_is_new(rows, encoders, tmp_path, monkeypatch):
+    def shards(part):
+        return shards_of([write_jsonl(tmp_path / f"{len(part)}.jsonl", part)], 8)
+
+    build_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "whole")
+    build_gallery(shards(rows[:25]), SETTINGS, *encoders, tmp_path / "grown")
+    seen = []
+    encode = type(encoders[1]).encode
+    monkeypatch.setattr(
+        type(encoders[1]), "encode", lambda self, images, *a, **k: seen.extend(images) or encode(self, images, *a, **k)
+    )
+    info = add_to_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown")
+    assert info["rows"] == 40
+    assert len(seen) == 15
+    assert same_gallery(load_gallery(tmp_path / "grown"), load_gallery(tmp_path / "whole"))
+    # Adding them again adds nothing.
+    assert add_to_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown")["rows"] == 40
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw", "compressed"])
+def test_an_index_grows_with_its_gallery(rows, encoders, tmp_path, kind):
+    settings = GallerySettings(splits=["-"], index=kind)
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:30])], 8), settings, *encoders, tmp_path / "g")
+    info = add_to_gallery(shards_of([write_jsonl(tmp_path / "b.jsonl", rows)], 8), settings, *encoders, tmp_path / "g")
+    assert info["index"]["kind"] == kind
+    assert info["index"]["trained_on"] == 30
+    gallery = load_gallery(tmp_path / "g", *encoders)
+    found = gallery.search(encoders[0].encode(rows["caption"].tolist()), 1)[:, 0]
+    assert (np.array(rows["caption"])[found] == rows["caption"]).all()
+
+
+def test_another_index_for_the_same_vectors(rows, encoders, tmp_path):
+    folder = tmp_path / "g"
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows)], 8), SETTINGS, *encoders, folder)
+    query = encoders[0].encode(rows["caption"].tolist()[:5])
+    exact = load_gallery(folder).search(query, 3)
+    assert rebuild_index(folder, "ivf", 1.0)["index"]["kind"] == "ivf"
+    assert load_gallery(folder).index.kind == "ivf"
+    assert (load_gallery(folder).search(query, 3)[:, 0] == exact[:, 0]).all()
+    assert rebuild_index(folder, "auto", 0.99)["index"]["kind"] == "exact"
+    assert load_gallery(folder).index.kind == "exact"
+    assert not (folder / "index.faiss").exists()
+
+
+def test_a_gallery_whose_parts_were_swapped_is_refused(rows, encoders, tmp_path):
+    for name, part in (("a", rows[:20]), ("b", rows[20:])):
+        build_gallery(
+            shards_of([write_jsonl(tmp_path / f"{name}.jsonl", part)], 8), SETTINGS, *encoders, tmp_path / name
+        )
+    for name in ("texts.npy", "images.npy", "rows.arrow"):
+        copy = tmp_path / f"copy-{name}"
+        shutil.copytree(tmp_path / "a", copy)
+        shutil.copy(tmp_path / "b" / name, copy / name)
+        with pytest.raises(CimError, match=f"{name}: not the file"):
+            load_gallery(copy)
+    # Nor does a consistent gallery.json make an array of another shape right.
+    info = json.loads((tmp_path / "a" / "gallery.json").read_text())
+    np.save(tmp_path / "a" / "texts.npy", np.zeros((20, 7), np.float16))
+    info["files"]["texts.npy"]["quick"] = fingerprint(tmp_path / "a" / "texts.npy")
+    (tmp_path / "a" / "gallery.json").write_text(json.dumps(info))
+    with pytest.raises(CimError, match="has shape"):
+        load_gallery(tmp_path / "a")
+
+
+def test_a_large_file_is_told_apart_by_samples(tmp_path):
+    path = tmp_path / "large"
+    content = np.random.default_rng(0).bytes(2**26 + 2**20)
+    path.write_bytes(content)
+    before = fingerprint(path)
+    path.write_bytes(content[:-1])
+    assert fingerprint(path) != before
+    path.write_bytes(content[::-1])
+    assert fingerprint(path) != before
+    path.write_bytes(content)
+    assert fingerprint(path) == before
+
+
+def command(encoder_folder, source, folder, *more):
+    return [
+        sys.executable, "-m", "cim.cli", "gallery", "build", str(folder), str(source),
+        "--image", f"open_clip:local-dir:{encoder_folder}", "--shard-rows", "8", *more,
+    ]  # fmt: skip
+
+
+def test_killed_and_started_again_it_goes_on(rows, encoder_folder, tmp_path):
+    source = write_jsonl(
+        tmp_path / "rows.jsonl", pd.concat([rows.assign(image_id=rows["image_id"] + f"-{i}") for i in range(40)])
+    )
+    folder, work = tmp_path / "gallery", tmp_path / "gallery.building"
+    first = subprocess.Popen(
+        command(encoder_folder, source, folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not (work / "000002").is_dir() and time.time() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not folder.exists()
+    done = {p.name: p.stat().st_mtime_ns for p in work.iterdir() if p.is_dir() and not p.suffix}
+    assert 3 <= len(done) < 200
+    # A shard that was being written is not taken for a finished one.
+    (work / "000199.partial").mkdir()
+    again = subprocess.run(command(encoder_folder, source, folder), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"{len(done)} of 200 shards are done" in again.stdout
+    assert f"of {200 - len(done)} to do here" in again.stdout
+    assert len(load_gallery(folder)) == 1600
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(rows, encoders, tmp_path):
+    """The kernel refuses to write files beyond a size, which is what a full disk looks like to a program."""
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8)
+    folder = tmp_path / "gallery"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # The shards fit (8 rows of 384 dimensions), the joined array of 40 does not.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
+        with pytest.raises(CimError, match=r"disk is full.*goes on where it stopped"):
+            build_gallery(shards, SETTINGS, *encoders, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not folder.exists()
+    embedded = {p: p.stat().st_mtime_ns for p in (tmp_path / "gallery.building").glob("00000?")}
+    assert len(embedded) == 5
+    build_gallery(shards, SETTINGS, *encoders, folder)
+    assert len(load_gallery(folder)) == 40
+
+
+def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_path):
+    folder = tmp_path / "gallery"
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows[:20])], 8)
+    build_gallery(shards, SETTINGS, *encoders, folder)
+    (tmp_path / "gallery.building").mkdir()
+    os.replace(folder, tmp_path / "gallery.building" / "old")
+    more = shards_of([write_jsonl(tmp_path / "more.jsonl", rows)], 8)
+    assert add_to_gallery(more, SETTINGS, *encoders, folder)["rows"] == 40
+
+
+def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    build_gallery(shards_of([source], 8), SETTINGS, *encoders, tmp_path / "one")
+    # torchrun, since accelerate starts several processes on GPUs only; both set the same variables.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    module = command(encoder_folder, source, tmp_path / "two")[1:]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *module], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("(1 of 3 to do here)") == 1  # shards 1, 3 and 5
+    assert done.stdout.count("(1 of 2 to do here)") == 1  # shards 2 and 4
+    one, two = load_gallery(tmp_path / "one"), load_gallery(tmp_path / "two")
+    assert one.rows.equals(two.rows)
+    np.testing.assert_allclose(one.images, two.images, atol=2e-3)
+
+
+def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
+    """No array that is written or encoded at once holds more than a shard."""
+    largest = []
+    write = gallery_build._write_array
+
+    def watched(path, n, dim, arrays):
+        def watch():
+            for array in arrays:
+                largest.append(len(array))
+                yield array
+
+        write(path, n, dim, watch())
+
+    monkeypatch.setattr(gallery_build, "_write_array", watched)
+    build_gallery(shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8), SETTINGS, *encoders, tmp_path / "g")
+    assert max(largest) == 8
+
+
+@pytest.fixture
+def photos(rows, encoder_folder, tmp_path):
+    """A gallery made on the command line, and a file of captions to score."""
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    cli.main(
+        [
+            "gallery",
+            "build",
+            str(tmp_path / "g"),
+            str(tmp_path / "rows.jsonl"),
+            "--image",
+            f"open_clip:local-dir:{encoder_folder}",
+        ]
+    )
+    asked = rows[:6].copy()
+    asked.loc[1, "caption"] = ""
+    asked["caption"] += ["", "", " there is an owl."] * 2
+    return tmp_path, write_jsonl(tmp_path / "asked.jsonl", asked), asked
+
+
+def test_galleries_on_the_command_line(photos, rows, capsys):
+    folder, _, _ = photos
+    capsys.readouterr()
+    cli.main(["gallery", "info", str(folder / "g"), "--verify"])
+    out = capsys.readouterr().out
+    assert "40 rows, 0 left out" in out
+    assert "every byte" in out
+    cli.main(["gallery", "search", str(folder / "g"), rows["caption"][7], "-k", "2"])
+    out = capsys.readouterr().out
+    assert rows["caption"][7] in out.splitlines()[1]
+    assert len(out.splitlines()) == 3
+    write_jsonl(folder / "more.jsonl", rows.assign(image_id="new-" + rows["image_id"]))
+    cli.main(["gallery", "add", str(folder / "g"), str(folder / "more.jsonl")])
+    assert "added 40 rows" in capsys.readouterr().out
+    cli.main(["gallery", "index", str(folder / "g"), "--index", "hnsw"])
+    assert "index: hnsw (asked for)" in capsys.readouterr().out
+    with (folder / "g" / "images.npy").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"xx")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["gallery", "info", str(folder / "g")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_scores_on_the_command_line(photos, capsys, suffix):
+    folder, asked_file, asked = photos
+    out = folder / f"scores{suffix}"
+    cli.main(
+        [
+            "score",
+            str(asked_file),
+            "--gallery",
+            str(folder / "g"),
+            "--out",
+            str(out),
+            "--html",
+            str(folder / "page.html"),
+        ]
+    )
+    frame = pd.read_parquet(out) if suffix == ".parquet" else pd.read_json(out, lines=True)
+    assert frame["image_id"].tolist() == asked["image_id"].tolist()
+    np.testing.assert_allclose(frame["cim"], frame["grc"] + frame["qir"], atol=2e-6)
+    assert frame["cim"].idxmin() == 1  # the empty caption
+    assert frame["cim"][1] == -1.75
+    for image_id, retrieved in zip(frame["image_id"], frame["retrieved"], strict=True):
+        assert image_id not in [item["image_id"] for item in retrieved]
+    assert "6 captions" in capsys.readouterr().out
+    page = (folder / "page.html").read_text()
+    assert page.count("<section>") == 6
+    assert page.count("data:image/jpeg") == 6 + 5 * 3
+    assert not list(folder.glob("*.partial"))
+
+
+def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
+    folder, _, asked = photos
+    asked.loc[4, "image"] = str(folder / "nowhere.png")
+    asked.loc[4, "image_id"] = "stranger"
+    source = write_jsonl(folder / "asked.jsonl", asked)
+    with pytest.raises(SystemExit):
+        cli.main(["score", str(source), "--gallery", str(folder / "g"), "--out", str(folder / "s.jsonl")])
+    assert "1 rows have no score" in (error := capsys.readouterr().err)
+    assert "nowhere.png" in error
+    frame = pd.read_json(folder / "s.jsonl", lines=True)
+    assert frame["cim"].notna().tolist() == [True, True, True, True, False, True]
+
+
+def test_scoring_goes_on_after_a_kill(photos, encoders, monkeypatch):
+    from cim import caption_scores
+    from cim.scorer import load_scorer
+
+    folder, asked_file, _ = photos
+    monkeypatch.setattr(caption_scores, "AT_ONCE", 2)
+    scorer, out = load_scorer(folder / "g"), folder / "s.jsonl"
+    whole = caption_scores.score_files(scorer, [asked_file], folder / "whole.jsonl")
+    calls = []
+
+    def killed_at_the_third(captions, ids):
+        calls.append(captions)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return type(scorer).scores_and_rows(scorer, captions, ids)
+
+    monkeypatch.setattr(scorer, "scores_and_rows", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        caption_scores.score_files(scorer, [asked_file], out)
+    partial = folder / "s.jsonl.partial"
+    partial.write_text(partial.read_text() + '{"image_id": "half a li')
+    frame = caption_scores.score_files(scorer, [asked_file], out)
+    assert sum(map(len, calls)) == 6 + 2
+    assert frame["image_id"].equals(whole["image_id"])
+    np.testing.assert_allclose(frame["cim"], whole["cim"], atol=1e-5)
+
+
+def test_three_lines_of_python(photos, rows):
+    from cim.scorer import load_scorer
+
+    folder, _, _ = photos
+    scorer = load_scorer(folder / "g")
+    scores = scorer.score(rows["image"][:4].tolist(), rows["caption"][:4].tolist())
+    assert list(scores) == ["grc", "qir", "cim"]
+    assert scores.notna().all().all()
+    with pytest.raises(CimError, match=r"nowhere\.png"):
+        scorer.score(["nowhere.png"], ["an owl."])
+
+
+def test_a_shard_reader_that_fails_leaves_the_others(rows, encoders, tmp_path):
+    good = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8)
+
+    def fails():
+        raise CimError("shard 3: gone")
+
+    shards = [*good[:2], Shard("bad", fails), *good[2:]]
+    with pytest.raises(CimError, match="gone"):
+        build_gallery(shards, SETTINGS, *encoders, tmp_path / "g")
+    assert len(list((tmp_path / "g.building").glob("00000?"))) == 2

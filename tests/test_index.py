@@ -1,0 +1,124 @@
+"""Searching captions: the exact search against a plain product, the approximate ones against the exact one."""
+
+import numpy as np
+import pytest
+import torch
+
+from cim import index as module
+from cim.errors import CimError
+from cim.index import (
+    KINDS,
+    ExactSearch,
+    FaissSearch,
+    build_index,
+    calibrate,
+    choose_kind,
+    open_search,
+    rank_exactly,
+    recall_at_k,
+)
+
+
+def clustered(rng, n, d, clusters=50, spread=0.3):
+    """(n, d) float16 unit vectors in clusters, as captions are."""
+    centres = rng.normal(size=(clusters, d))
+    x = centres[rng.integers(0, clusters, n)] + spread * rng.normal(size=(n, d))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+
+
+def queries_near(rng, vectors, n):
+    q = vectors[rng.integers(0, len(vectors), n)].astype(np.float32) + 0.05 * rng.normal(size=(n, vectors.shape[1]))
+    return (q / np.linalg.norm(q, axis=1, keepdims=True)).astype(np.float32)
+
+
+def scores_of(q, vectors, rows):
+    return np.take_along_axis(q @ vectors.astype(np.float32).T, rows, 1)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.003])  # the second: hundreds of captions that say nearly the same
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("n", [3000, 20_005])
+def test_the_two_pass_search_is_exact(rng, monkeypatch, n, short, spread):
+    monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(module, "computes_in_bfloat16", lambda device: short)
+    vectors = clustered(rng, n, 48, spread=spread)
+    q = queries_near(rng, vectors, 20)
+    found = ExactSearch(vectors).search(q, 4)
+    best = -np.sort(-(q @ vectors.astype(np.float32).T), axis=1)[:, :4]
+    # Scores rather than rows: captions that say the same tie, in bfloat16 also those that say nearly the same.
+    np.testing.assert_allclose(scores_of(q, vectors, found), best, atol=5e-4 if short else 1e-6)
+    assert all(len(set(row)) == 4 for row in found.tolist())
+
+
+def test_k_as_large_as_the_gallery(rng, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 64)
+    vectors = clustered(rng, 130, 16)
+    found = ExactSearch(vectors).search(queries_near(rng, vectors, 3), 130)
+    assert (np.sort(found, axis=1) == np.arange(130)).all()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
+def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, kind):
+    vectors = clustered(rng, 6000, 32)
+    path = tmp_path / "index.faiss"
+    build_index(vectors, kind, path)
+    search = open_search(kind, vectors, path, effort=1)
+    assert isinstance(search, FaissSearch)
+    measured = calibrate(search, vectors, 0.99)
+    assert measured >= 0.99
+    q = queries_near(rng, vectors, 100)
+    found, exact = search.search(q, 3), ExactSearch(vectors).search(q, 3)
+    assert recall_at_k(found, exact) >= 0.97
+    # What is found is in the exact order.
+    scores = scores_of(q, vectors, found)
+    assert (np.diff(scores, axis=1) <= 1e-6).all()
+
+
+def test_probing_too_few_lists_still_gives_k_rows(rng, tmp_path, capsys):
+    vectors = clustered(rng, 400, 16)
+    build_index(vectors, "ivf", tmp_path / "index.faiss")
+    search = open_search("ivf", vectors, tmp_path / "index.faiss", effort=1)
+    q = queries_near(rng, vectors, 10)
+    found = search.search(q, 60)
+    assert (found >= 0).all()
+    assert "missing" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        scores_of(q, vectors, found)[:, :1], scores_of(q, vectors, ExactSearch(vectors).search(q, 1)), atol=1e-6
+    )
+
+
+def test_ranking_passes_over_what_is_no_candidate(rng):
+    vectors = torch.eye(4)
+    rows = torch.tensor([[2, -1, 0], [-1, 3, 1]])
+    ranked = rank_exactly(torch.tensor([[1.0, 0, 0.5, 0], [0, 0.2, 0, 0.9]]), rows, vectors, 2)
+    assert ranked.tolist() == [[0, 2], [3, 1]]
+
+
+def test_recall():
+    assert recall_at_k(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 2, 1], [4, 9, 8]])) == pytest.approx(4 / 6)
+
+
+def test_the_kind_follows_size_and_memory():
+    gib = 2**30
+    assert choose_kind(5_000, 384, 8 * gib)[0] == "exact"
+    assert choose_kind(1_000_000, 384, 24 * gib)[0] == "ivf"
+    kind, reason = choose_kind(10_000_000, 768, 24 * gib)
+    assert kind == "compressed"
+    assert "14.3 GiB" in reason
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
+def test_a_damaged_or_foreign_index_is_refused(rng, tmp_path, kind):
+    vectors = clustered(rng, 500, 16)
+    path = tmp_path / "index.faiss"
+    build_index(vectors, kind, path)
+    with pytest.raises(CimError, match=r"index\.faiss: holds 500 vectors"):
+        open_search(kind, vectors[:400], path, 8)
+    with pytest.raises(CimError, match="of 16 dimensions, the gallery 500 of 8"):
+        open_search(kind, np.ascontiguousarray(vectors[:, :8]), path, 8)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CimError, match="not a readable"):
+        open_search(kind, vectors, path, 8)
+    path.unlink()
+    with pytest.raises(CimError, match="not a readable"):
+        open_search(kind, vectors, path, 8)
