@@ -3,6 +3,7 @@
 # make lab     set up and open JupyterLab
 # make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
 # make study   five seeds of CIM, three of each rival (some 40 minutes on two idle cores)
+# make benchmarks   speed and memory, beside the public way of computing the reward (about half an hour)
 # make smoke   every stage in a few minutes, in a folder of its own
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = agg
 
-.PHONY: repro test lab photos study smoke lint data clean
+.PHONY: repro test lab photos study smoke benchmarks lint data clean
 
 SETUP := $(VENV)/.installed
 
@@ -51,6 +52,13 @@ study: data
 
 smoke: $(SETUP)
 	cim pipeline runs/smoke -S profile=smoke
+
+benchmarks: $(SETUP)
+	python benchmarks/encoding.py
+	python benchmarks/index.py
+	python benchmarks/reward.py
+	@test -d artifacts/gallery || { echo "error: benchmarks/grpo.py needs the pipeline's artifacts: run 'make repro'"; exit 2; }
+	python benchmarks/grpo.py
 
 lint: $(SETUP)
 	ruff check .

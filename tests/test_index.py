@@ -26,27 +26,33 @@ def clustered(rng, n, d, clusters=50, spread=0.3):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
 
 
+def unit(x):
+    x = x.astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def queries_near(rng, vectors, n):
     q = vectors[rng.integers(0, len(vectors), n)].astype(np.float32) + 0.05 * rng.normal(size=(n, vectors.shape[1]))
     return (q / np.linalg.norm(q, axis=1, keepdims=True)).astype(np.float32)
 
 
 def scores_of(q, vectors, rows):
-    return np.take_along_axis(q @ vectors.astype(np.float32).T, rows, 1)
+    return np.take_along_axis(q @ unit(vectors).T, rows, 1)
 
 
 @pytest.mark.parametrize("spread", [0.3, 0.003])  # the second: hundreds of captions that say nearly the same
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("n", [3000, 20_005])
 def test_the_two_pass_search_is_exact(rng, monkeypatch, n, short, spread):
-    monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(module, "BLOCK", 2048)  # so few rows would be multiplied at once
     monkeypatch.setattr(module, "computes_in_bfloat16", lambda device: short)
     vectors = clustered(rng, n, 48, spread=spread)
     q = queries_near(rng, vectors, 20)
     found = ExactSearch(vectors).search(q, 4)
-    best = -np.sort(-(q @ vectors.astype(np.float32).T), axis=1)[:, :4]
-    # Scores rather than rows: captions that say the same tie, in bfloat16 also those that say nearly the same.
-    np.testing.assert_allclose(scores_of(q, vectors, found), best, atol=5e-4 if short else 1e-6)
+    best = -np.sort(-(q @ unit(vectors).T), axis=1)[:, :4]
+    # Scores rather than rows: captions that say the same tie. Where hundreds say nearly the same, the coarse pass may
+    # drop one that is better by less than it rounds.
+    np.testing.assert_allclose(scores_of(q, vectors, found), best, atol=5e-4 if spread < 0.1 else 1e-6)
     assert all(len(set(row)) == 4 for row in found.tolist())
 
 
@@ -62,7 +68,7 @@ def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, 
     vectors = clustered(rng, 6000, 32)
     path = tmp_path / "index.faiss"
     build_index(vectors, kind, path)
-    search = open_search(kind, vectors, path, effort=1)
+    search = open_search(kind, vectors, path, effort=1, candidates=32)
     assert isinstance(search, FaissSearch)
     measured = calibrate(search, vectors, 0.99)
     assert measured >= 0.99
@@ -77,11 +83,11 @@ def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, 
 def test_probing_too_few_lists_still_gives_k_rows(rng, tmp_path, capsys):
     vectors = clustered(rng, 400, 16)
     build_index(vectors, "ivf", tmp_path / "index.faiss")
-    search = open_search("ivf", vectors, tmp_path / "index.faiss", effort=1)
+    search = open_search("ivf", vectors, tmp_path / "index.faiss", effort=1, candidates=32)
     q = queries_near(rng, vectors, 10)
     found = search.search(q, 60)
     assert (found >= 0).all()
-    assert "missing" in capsys.readouterr().out
+    assert "fewer than 60; searched exactly" in capsys.readouterr().out
     np.testing.assert_allclose(
         scores_of(q, vectors, found)[:, :1], scores_of(q, vectors, ExactSearch(vectors).search(q, 1)), atol=1e-6
     )
@@ -113,12 +119,12 @@ def test_a_damaged_or_foreign_index_is_refused(rng, tmp_path, kind):
     path = tmp_path / "index.faiss"
     build_index(vectors, kind, path)
     with pytest.raises(CimError, match=r"index\.faiss: holds 500 vectors"):
-        open_search(kind, vectors[:400], path, 8)
+        open_search(kind, vectors[:400], path, 8, 32)
     with pytest.raises(CimError, match="of 16 dimensions, the gallery 500 of 8"):
-        open_search(kind, np.ascontiguousarray(vectors[:, :8]), path, 8)
+        open_search(kind, np.ascontiguousarray(vectors[:, :8]), path, 8, 32)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CimError, match="not a readable"):
-        open_search(kind, vectors, path, 8)
+        open_search(kind, vectors, path, 8, 32)
     path.unlink()
     with pytest.raises(CimError, match="not a readable"):
-        open_search(kind, vectors, path, 8)
+        open_search(kind, vectors, path, 8, 32)

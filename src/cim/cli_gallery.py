@@ -23,7 +23,7 @@ def add_commands(commands) -> None:
         command.add_argument("--image-root", type=Path, help="what image paths are relative to (default: their file)")
         command.add_argument("--shard-rows", type=int, default=10_000, help="rows between two checkpoints")
         command.add_argument("--max-skipped", type=float, default=0.01, help="share of rows that may be left out")
-        command.add_argument("--batch", type=int, default=128, help="captions and images encoded at once")
+        command.add_argument("--image-batch", type=int, default=128, help="images encoded at once")
     index = gallery.add_parser("index", help="give a gallery another kind of index")
     index.add_argument("folder", type=Path)
     for command in (build, add, index):
@@ -70,8 +70,8 @@ def _build(arguments: argparse.Namespace) -> None:
 
     settings = _settings(arguments)
     shards = shards_of(arguments.sources, settings.shard_rows, arguments.image_root)
-    text = load_text_encoder(arguments.text, arguments.batch, precision="bfloat16")
-    image = load_image_encoder(arguments.image, arguments.batch)
+    text = load_text_encoder(arguments.text, precision="bfloat16")
+    image = load_image_encoder(arguments.image, arguments.image_batch)
     _tell(build_gallery(shards, settings, text, image, arguments.folder), arguments.folder)
 
 
@@ -84,8 +84,8 @@ def _add(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     built = read_info(arguments.folder)
     shards = shards_of(arguments.sources, settings.shard_rows, arguments.image_root)
-    text = load_text_encoder(built["text_encoder"]["spec"], arguments.batch, precision="bfloat16")
-    image = load_image_encoder(built["image_encoder"]["spec"], arguments.batch)
+    text = load_text_encoder(built["text_encoder"]["spec"], precision="bfloat16")
+    image = load_image_encoder(built["image_encoder"]["spec"], arguments.image_batch)
     info = add_to_gallery(shards, settings, text, image, arguments.folder)
     print(f"added {info['rows'] - built['rows']:,} rows")
     _tell(info, arguments.folder)

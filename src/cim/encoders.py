@@ -40,7 +40,7 @@ class EncoderSettings:
 
     text: str
     image: str
-    text_batch: int = 128
+    text_batch: int = 32
     image_batch: int = 128
     text_precision: str = "float32"
 
@@ -74,9 +74,10 @@ class TextEncoder:
         max_tokens: longer texts are cut there by the tokenizer.
     """
 
-    def __init__(self, spec: str, model, batch_size: int = 128, precision: str = "float32"):
+    def __init__(self, spec: str, model, batch_size: int | None = None, precision: str = "float32"):
         self.spec = spec
-        self.batch_size = batch_size
+        # Small batches of captions stay in a CPU's caches (measured in benchmarks/encoding.py); a GPU wants large ones.
+        self.batch_size = batch_size or (256 if model.device.type == "cuda" else 32)
         self.precision = precision
         self._model = model
         self.dim = int(model.get_embedding_dimension())
@@ -199,7 +200,7 @@ def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Imag
 
 
 def load_text_encoder(
-    spec: str, batch_size: int = 128, device: torch.device | None = None, precision: str = "float32"
+    spec: str, batch_size: int | None = None, device: torch.device | None = None, precision: str = "float32"
 ) -> TextEncoder:
     """The text encoder that `spec` names.
 

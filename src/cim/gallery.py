@@ -24,7 +24,7 @@ import torch
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.index import KINDS, Search, blocks, open_search
+from cim.index import KINDS, Search, blocks, gather, open_search
 from cim.settings import require
 
 TEXTS, IMAGES, ROWS, INDEX, INFO = "texts.npy", "images.npy", "rows.arrow", "index.faiss", "gallery.json"
@@ -106,8 +106,8 @@ class Gallery:
         return hashes[order], order
 
     def text_embeddings(self) -> np.ndarray:
-        """(N, d) float32 caption embeddings, all in memory."""
-        return self.texts.astype(np.float32)
+        """(N, d) float32 caption embeddings, each of length 1, all in memory."""
+        return _unit(self.texts)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
         """The k gallery items whose captions are nearest to each query, best first.
@@ -135,8 +135,14 @@ class Gallery:
         return found if exclude is None else drop_excluded(found, exclude)
 
     def image_vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(*rows.shape, d) float32 image embeddings of these gallery rows."""
-        return self.images[rows].astype(np.float32)
+        """(*rows.shape, d) float32 image embeddings of these gallery rows, each of length 1."""
+        return _unit(gather(self.images, np.asarray(rows)))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    # float16 rounds lengths too.
+    vectors = vectors.astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def drop_excluded(found: np.ndarray, exclude: np.ndarray) -> np.ndarray:
@@ -180,9 +186,9 @@ def load_gallery(
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise CimError(f"{folder / name}: has shape {shape}, not {expected[name]}; build the gallery again")
-    kind, effort = info["index"]["kind"], info["index"]["effort"]
+    built = info["index"]
     device = text_encoder.device if text_encoder is not None else torch.device("cpu")
-    index = open_search(kind, texts, folder / INDEX, effort, device)
+    index = open_search(built["kind"], texts, folder / INDEX, built["effort"], built["candidates"], device)
     return Gallery(folder, info, table, texts, images, index)
 
 

@@ -108,7 +108,7 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     with _clear_disk_errors(folder):
         info["index"] = _make_index(folder, vectors, kind, recall)
         if info["index"]["kind"] != "exact":
-            info["files"][INDEX] = _described(folder / INDEX)
+            info["files"][INDEX] = described(folder / INDEX)
         else:
             info["files"].pop(INDEX, None)
         _write_json(folder / INFO, info)
@@ -261,7 +261,7 @@ def _join(folder: Path, parts: list[Path], settings, text_encoder, image_encoder
         "index": _enlarged_index(folder, aside, vectors, base, settings),
     }
     names = [TEXTS, IMAGES, ROWS, *([INDEX] if info["index"]["kind"] != "exact" else [])]
-    info["files"] = {name: _described(aside / name) for name in names}
+    info["files"] = {name: described(aside / name) for name in names}
     _write_json(aside / INFO, info)
 
     old = work / "old"
@@ -297,16 +297,16 @@ def _make_index(folder: Path, vectors: np.ndarray, kind: str, recall: float) -> 
         kind, reason = choose_kind(*vectors.shape)
     print(f"index: {kind} ({reason})", flush=True)
     if kind == "exact":
-        return {"kind": kind, "reason": reason, "effort": 0, "recall": 1.0}
+        return {"kind": kind, "reason": reason, "effort": 0, "candidates": 0, "recall": 1.0}
     build_index(vectors, kind, folder / INDEX)
     return {"kind": kind, "reason": reason, **_tuned(folder, vectors, kind, recall)}
 
 
 def _tuned(folder: Path, vectors: np.ndarray, kind: str, recall: float) -> dict:
-    search = open_search(kind, vectors, folder / INDEX, effort=0)
+    search = open_search(kind, vectors, folder / INDEX, effort=0, candidates=0)
     measured = calibrate(search, vectors, recall)
-    print(f"index: effort {search.effort} finds {measured:.1%} of the nearest three", flush=True)
-    return {"effort": search.effort, "recall": round(measured, 4)}
+    print(f"index: effort {search.effort}, {search.candidates} candidates: {measured:.1%} of the nearest three found")
+    return {"effort": search.effort, "candidates": search.candidates, "recall": round(measured, 4)}
 
 
 def _enlarged_index(folder: Path, aside: Path, vectors: np.ndarray, base, settings: GallerySettings) -> dict:
@@ -356,7 +356,8 @@ def _write_array(path: Path, rows: int, dim: int, arrays: Iterable[np.ndarray]) 
                 file.write(np.ascontiguousarray(array[block], np.float16).tobytes())
 
 
-def _described(path: Path) -> dict:
+def described(path: Path) -> dict:
+    """What gallery.json keeps of a file, to know it again."""
     return {"quick": fingerprint(path), "whole": fingerprint(path, whole=True)}
 
 

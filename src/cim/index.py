@@ -1,13 +1,13 @@
 """Nearest captions: an exact search by matrix product, and FAISS indexes whose candidates are ranked exactly.
 
 Whatever the kind, the vectors themselves lie in one float16 array on disk, memory-mapped and shared by all
-processes, and the ranks come from inner products with them in float32. The kinds differ in how they
+processes, and the ranks come from cosines with them in float32. The kinds differ in how they
 find the candidates:
 
     exact        all of them: one blocked matrix product for the whole batch of queries
     ivf          FAISS IVF with 8-bit codes: only the lists nearest to a query
     hnsw         FAISS HNSW with 8-bit codes: a walk along a graph; slow to build, fast for single queries
-    compressed   FAISS product quantisation, half a byte per two dimensions, all of them scanned
+    compressed   FAISS IVF with 4-bit codes: half the memory, more candidates to rank
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Protocol
 import faiss
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from cim.encoders import computes_in_bfloat16
@@ -29,9 +30,10 @@ from cim.errors import CimError
 KINDS = ("exact", "ivf", "hnsw", "compressed")
 # Below this many rows a batch is searched exactly in a moment, and nothing else is worth its build.
 SMALL = 200_000
-BLOCK = 65_536  # rows handled at once: what is computed stays in the caches, what is held stays small
+BLOCK = 65_536  # rows read, written or added at once
+SCAN = 4096  # rows multiplied at once on a CPU, so that they and their scores stay in its caches
 GROUP = 16  # rows of which the coarse pass keeps only the best score
-SPARE_GROUPS = 28  # how many more groups than asked are ranked exactly, for what the coarse pass rounds
+SPARE_GROUPS = 12  # how many more groups than asked are ranked exactly, for what the coarse pass rounds
 
 
 class Search(Protocol):
@@ -74,7 +76,7 @@ class ExactSearch:
     def __init__(self, vectors: np.ndarray, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._vectors = as_tensor(vectors).to(self.device)
-        self._small = self._vectors.float() if len(vectors) <= BLOCK else None
+        self._small = normalize(self._vectors.float(), dim=1) if len(vectors) <= BLOCK else None
         if self.device.type == "cuda":
             self._coarse = torch.float16
         else:
@@ -95,7 +97,7 @@ class ExactSearch:
         best = (q @ sample.T).amax(1)
         transposed = q.to(self._coarse).T.contiguous()
         maxima = []
-        for part in blocks(whole):
+        for part in blocks(whole, SCAN if self.device.type == "cpu" else 4 * BLOCK):
             offset = best.to(self._coarse)
             # addmm adds the offset to the product's own float32 and rounds once, afterwards.
             scores = torch.addmm(-offset, self._vectors[part].to(self._coarse), transposed)
@@ -112,37 +114,52 @@ class FaissSearch:
 
     Args:
         vectors: (N, d) float16, normally memory-mapped.
-        effort: how much is looked at: lists probed (ivf), nodes kept (hnsw), candidates (compressed).
+        effort: how much is looked at: lists probed (ivf, compressed) or nodes kept (hnsw).
+        candidates: how many of what is found are ranked exactly.
     """
 
-    def __init__(self, kind: str, index: faiss.Index, vectors: np.ndarray, effort: int):
+    def __init__(self, kind: str, index: faiss.Index, vectors: np.ndarray, effort: int, candidates: int = 32):
         self.kind, self.index = kind, index
-        self._vectors = as_tensor(vectors)
-        self.effort = effort
+        self._vectors = vectors
+        self.effort, self.candidates = effort, candidates
 
     @torch.inference_mode()
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         queries = np.ascontiguousarray(queries, np.float32)
-        candidates = max(4 * k, 32)
-        if self.kind == "ivf":
-            faiss.extract_index_ivf(self.index).nprobe = self.effort
-        elif self.kind == "hnsw":
+        candidates = min(max(self.candidates, k), self.index.ntotal)
+        if self.kind == "hnsw":
             self.index.hnsw.efSearch = max(self.effort, candidates)
         else:
-            candidates = max(self.effort, k)
-        _, found = self.index.search(queries, min(candidates, self.index.ntotal))
-        rows = torch.from_numpy(found)
-        if short := int((rows[:, :k] < 0).sum()):
-            # Too few lists were probed to fill k; the exact search fills what is missing.
-            lacking = (rows[:, :k] < 0).any(1)
-            print(f"{self.kind} index: {short} results were missing and searched exactly; raise its effort", flush=True)
-            rows[lacking] = -1
-            rows[lacking, :k] = torch.from_numpy(ExactSearch(self._vectors.numpy()).search(queries[lacking.numpy()], k))
-        return rank_exactly(torch.from_numpy(queries), rows, self._vectors, k).numpy()
+            faiss.extract_index_ivf(self.index).nprobe = self.effort
+        _, found = self.index.search(queries, candidates)
+        if (lacking := (found[:, :k] < 0).any(1)).any():
+            print(f"{self.kind} index: {lacking.sum()} queries found fewer than {k}; searched exactly", flush=True)
+            found[lacking] = -1
+            found[lacking, :k] = ExactSearch(self._vectors).search(queries[lacking], k)
+        distinct, place = np.unique(found, return_inverse=True)
+        vectors = torch.from_numpy(gather(self._vectors, distinct.clip(min=0)))
+        rows = torch.from_numpy(np.where(found < 0, -1, place.reshape(found.shape)))
+        return distinct[rank_exactly(torch.from_numpy(queries), rows, vectors, k).numpy()]
+
+
+def gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """vectors[rows]; of a memory-mapped array read with plain reads, each row once.
+
+    A page fault maps what lies around the row as well, so that rows here and there soon hold the whole
+    file in memory.
+    """
+    if not isinstance(vectors, np.memmap) or rows.size > len(vectors) // 4:
+        return vectors[rows]
+    distinct, place = np.unique(rows, return_inverse=True)
+    out = np.empty((len(distinct), vectors.shape[1]), vectors.dtype)
+    with open(vectors.filename, "rb", buffering=0) as file:
+        for i, row in enumerate(distinct.tolist()):
+            os.preadv(file.fileno(), [out[i]], vectors.offset + row * vectors.strides[0])
+    return out[place.reshape(rows.shape)]
 
 
 def rank_exactly(q: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best of each query's candidates by float32 inner product, best first.
+    """The k best of each query's candidates by cosine in float32, best first.
 
     Args:
         q: (n, d) float32.
@@ -153,10 +170,12 @@ def rank_exactly(q: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, k: 
         (n, k) rows.
     """
     out = []
-    at_once = max(1, 2**26 // (rows.shape[1] * q.shape[1]))  # 256 MB of float32
+    at_once = max(1, 2**22 // (rows.shape[1] * q.shape[1]))  # 16 MB of float32
     for part in blocks(len(q), at_once):
         gathered = vectors[rows[part].clamp(min=0)].float()
-        scores = torch.bmm(gathered, q[part, :, None])[:, :, 0].masked_fill(rows[part] < 0, -torch.inf)
+        # float16 leaves lengths that differ by 1e-4, enough to swap captions that say nearly the same.
+        scores = torch.bmm(gathered, q[part, :, None])[:, :, 0] / torch.linalg.vector_norm(gathered, dim=2)
+        scores = scores.masked_fill(rows[part] < 0, -torch.inf)
         out.append(rows[part].gather(1, scores.topk(k, dim=1).indices))
     return torch.cat(out) if out else rows[:, :k]
 
@@ -185,9 +204,9 @@ def build_index(vectors: np.ndarray, kind: str, path: Path) -> None:
     """
     n, dim = vectors.shape
     lists = 2 ** max(2, round(math.log2(4 * math.sqrt(n))))
-    factory = {"ivf": f"IVF{lists},SQ8", "hnsw": "HNSW32,SQ8", "compressed": f"PQ{dim // 2}x4fs"}[kind]
+    factory = {"ivf": f"IVF{lists},SQ8", "hnsw": "HNSW32,SQ8", "compressed": f"IVF{lists},SQ4"}[kind]
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    wanted = min(n, 40 * lists if kind == "ivf" else 65_536)
+    wanted = min(n, 65_536 if kind == "hnsw" else 40 * lists)
     sample = np.sort(np.random.default_rng(0).choice(n, wanted, replace=False))
     print(f"{kind} index ({factory}): training on {wanted:,} of {n:,} vectors", flush=True)
     index.train(vectors[sample].astype(np.float32))
@@ -204,21 +223,35 @@ def add_to_index(index: faiss.Index, vectors: np.ndarray, start: int) -> None:
 
 
 def calibrate(search: FaissSearch, vectors: np.ndarray, target: float, k: int = 3, queries: int = 256) -> float:
-    """Set the least effort, in powers of two, that finds the target share of the exact nearest k; return that share.
+    """Set the least effort, then the fewest candidates, in powers of two, that find the target share of the nearest k.
 
-    The queries lie between two rows taken at random (two thirds one, a third the other), as a new caption
-    lies near no gallery caption in particular.
+    Half of the queries lie close to a row, as a caption of an image like one in the gallery does; the exact
+    neighbours of these differ by little and want many candidates. The other half lie between two rows,
+    near none in particular, and want effort.
+
+    Returns:
+        The share found, in the half where it is lower.
     """
     rng = np.random.default_rng(0)
     a, b = (vectors[np.sort(rng.integers(0, len(vectors), queries))].astype(np.float32) for _ in range(2))
-    q = a + 0.5 * b[rng.permutation(queries)]
+    q = a + np.where(np.arange(queries) % 2, 0.1, 0.3)[:, None].astype(np.float32) * b[rng.permutation(queries)]
     q /= np.linalg.norm(q, axis=1, keepdims=True)
     exact = ExactSearch(vectors).search(q, k)
-    recall, search.effort = 0.0, 4
-    while recall < target and search.effort < len(vectors):
+
+    def recall() -> float:
+        found = search.search(q, k)
+        return min(recall_at_k(found[half::2], exact[half::2]) for half in (0, 1))
+
+    most = min(1024, len(vectors))
+    search.effort, search.candidates = 4, most
+    while (reached := recall()) < target and search.effort < len(vectors):
         search.effort *= 2
-        recall = recall_at_k(search.search(q, k), exact)
-    return recall
+    # Where the target is out of reach, what comes as close serves.
+    wanted = min(target, reached)
+    search.candidates = min(32, most)
+    while (reached := recall()) < wanted and search.candidates < most:
+        search.candidates *= 2
+    return reached
 
 
 def recall_at_k(found: np.ndarray, exact: np.ndarray) -> float:
@@ -227,7 +260,7 @@ def recall_at_k(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def open_search(
-    kind: str, vectors: np.ndarray, path: Path, effort: int, device: torch.device | str = "cpu"
+    kind: str, vectors: np.ndarray, path: Path, effort: int, candidates: int, device: torch.device | str = "cpu"
 ) -> ExactSearch | FaissSearch:
     """The search of a gallery on disk.
 
@@ -254,4 +287,4 @@ def open_search(
         )
     if device.type == "cuda" and hasattr(faiss, "StandardGpuResources") and kind != "hnsw":
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
-    return FaissSearch(kind, index, vectors, effort)
+    return FaissSearch(kind, index, vectors, effort, candidates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
@@ -62,8 +63,8 @@ def trim_samples(path: Path, resume: str | None) -> None:
     path.write_text("".join(line + "\n" for line in kept))
 
 
-def train(run: str, params: dict, artifacts: Path) -> None:
-    """Train on the run's reward; write model, log.json and samples.jsonl to artifacts/train/RUN."""
+def prepare(run: str, params: dict, artifacts: Path) -> tuple[Job, Any, str | None]:
+    """Everything that a run needs before its first step: the job, TRL's trainer, and the checkpoint to go on from."""
     from trl import GRPOConfig, GRPOTrainer
 
     reward_settings = group(RewardSettings, params.get("reward"), "reward")
@@ -99,4 +100,10 @@ def train(run: str, params: dict, artifacts: Path) -> None:
         train_dataset=grpo_dataset(job.images, settings.prompt),
         **job.trainer_parts(),
     )
+    return job, trainer, resume
+
+
+def train(run: str, params: dict, artifacts: Path) -> None:
+    """Train on the run's reward; write model, log.json and samples.jsonl to artifacts/train/RUN."""
+    job, trainer, resume = prepare(run, params, artifacts)
     job.finish(trainer, resume)
