@@ -33,6 +33,8 @@ SMALL = 200_000
 BLOCK = 65_536  # rows read, written or added at once
 SCAN = 4096  # rows multiplied at once on a CPU, so that they and their scores stay in its caches
 GROUP = 16  # rows of which the coarse pass keeps only the best score
+# Candidates that are ranked exactly, at least: the coarser the codes, the more.
+CANDIDATES = {"ivf": 32, "hnsw": 64, "compressed": 256}
 SPARE_GROUPS = 12  # how many more groups than asked are ranked exactly, for what the coarse pass rounds
 
 
@@ -248,7 +250,7 @@ def calibrate(search: FaissSearch, vectors: np.ndarray, target: float, k: int = 
         search.effort *= 2
     # Where the target is out of reach, what comes as close serves.
     wanted = min(target, reached)
-    search.candidates = min(32, most)
+    search.candidates = min(CANDIDATES[search.kind], most)
     while (reached := recall()) < wanted and search.candidates < most:
         search.candidates *= 2
     return reached

@@ -1,0 +1,249 @@
+"""CAPTURE and SC-Captioner's scores from scene graphs: as published (paper), and without its accidents (strict).
+
+Both match equal phrases, then synonyms, then by cosine similarity of sentence embeddings.
+
+paper   Phrases are taken in order, each matching the first that is left. One phrase within another counts as a
+        synonym ("car" in "carpet"). What stays unmatched is worth its highest similarity to any phrase that
+        stayed unmatched on the other side, several to the same one if so.
+strict  Every phrase matches at most one: the assignment of most total similarity, where equal phrases and
+        synonyms count 1 and others their cosine.
+
+All phrases of a whole run are embedded once, together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from cim.capture.graphs import SceneGraph
+from cim.capture.synonyms import WordNet
+from cim.errors import CimError
+
+MODES = ("paper", "strict")
+EPSILON = 1e-6  # the public code adds it to every denominator; paper mode must, to equal it
+WEIGHTS = {"object": 0.5, "attribute": 0.5, "relation": 0.2}
+
+Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One caption beside its reference.
+
+    Attributes:
+        extra_objects: what else is known to be in the image; None where there is no such list.
+        extra_attributes: everything known to be true of each object.
+    """
+
+    candidate: SceneGraph
+    reference: SceneGraph
+    extra_objects: tuple[str, ...] | None = None
+    extra_attributes: Mapping[str, tuple[str, ...]] | None = None
+
+    def phrases(self) -> set[str]:
+        extra = self.extra_attributes or {}
+        words = {word for words in extra.values() for word in words}
+        return self.candidate.phrases() | self.reference.phrases() | {*(self.extra_objects or ()), *extra} | words
+
+
+@dataclass
+class Similarity:
+    """Cosine similarity and synonymy of phrases, each embedded once."""
+
+    vectors: np.ndarray
+    row_of: Mapping[str, int]
+    wordnet: WordNet | None
+    _alike: dict[tuple[str, str], bool] = field(default_factory=dict)
+
+    @staticmethod
+    def of(phrases: Iterable[str], encode: Encode, wordnet: WordNet | None) -> Similarity:
+        """Embed the distinct phrases; sorted, so that their order cannot matter."""
+        distinct = sorted(set(phrases))
+        vectors = np.asarray(encode(distinct), np.float32) if distinct else np.zeros((0, 1), np.float32)
+        return Similarity(vectors, {phrase: i for i, phrase in enumerate(distinct)}, wordnet)
+
+    def cosine(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray:
+        """(len(a), len(b)) cosines."""
+        rows, columns = ([self.row_of[phrase] for phrase in part] for part in (a, b))
+        return self.vectors[rows] @ self.vectors[columns].T
+
+    def alike(self, a: str, b: str, substrings: bool) -> bool:
+        """Whether two phrases are synonyms; with `substrings`, also where one lies within the other."""
+        if substrings and (a in b or b in a):
+            return True
+        if self.wordnet is None:
+            return False
+        if (known := self._alike.get((a, b))) is None:
+            known = self._alike[a, b] = self._alike[b, a] = self.wordnet.alike(a, b)
+        return known
+
+
+def paper_match(
+    candidates: Sequence, references: Sequence, similarity: Similarity, text: Callable[[object], str] = str
+) -> tuple[float, float]:
+    """How much of the candidates, and how much of the references, finds a match, in phrases.
+
+    Args:
+        candidates: phrases, or relations as tuples of phrases.
+        text: the phrase that stands for an item in soft matching.
+    """
+
+    def synonyms(a, b) -> bool:
+        if isinstance(a, str):
+            return similarity.alike(a, b, substrings=True)
+        return all(similarity.alike(x, y, substrings=True) for x, y in zip(a, b, strict=True))
+
+    left, right = list(range(len(candidates))), list(range(len(references)))
+    matched = 0
+    for same in (lambda a, b: a == b, synonyms):
+        for i in list(left):
+            j = next((j for j in right if same(candidates[i], references[j])), None)
+            if j is not None:
+                matched += 1
+                left.remove(i)
+                right.remove(j)
+    if not left or not right:
+        return matched, matched
+    cosine = similarity.cosine([text(candidates[i]) for i in left], [text(references[j]) for j in right])
+    return matched + float(cosine.max(1).sum()), matched + float(cosine.max(0).sum())
+
+
+def strict_match(
+    candidates: Sequence, references: Sequence, similarity: Similarity, text: Callable[[object], str] = str
+) -> tuple[float, float]:
+    """The total similarity of the best one-to-one assignment, twice, since it is the same from both sides."""
+    if not len(candidates) or not len(references):
+        return 0.0, 0.0
+    total = _assigned(_strict_similarity(candidates, references, similarity, text))[2].sum()
+    return float(total), float(total)
+
+
+def _strict_similarity(candidates, references, similarity: Similarity, text=str) -> np.ndarray:
+    def synonyms(a, b) -> bool:
+        if isinstance(a, str):
+            return a == b or similarity.alike(a, b, substrings=False)
+        return all(x == y or similarity.alike(x, y, substrings=False) for x, y in zip(a, b, strict=True))
+
+    cosine = similarity.cosine([text(c) for c in candidates], [text(r) for r in references]).clip(0, 1)
+    for i, a in enumerate(candidates):
+        for j, b in enumerate(references):
+            if synonyms(a, b):
+                cosine[i, j] = 1.0
+    return cosine
+
+
+def _assigned(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    return rows, columns, similarity[rows, columns]
+
+
+def score(sample: Sample, similarity: Similarity, mode: str) -> dict[str, float]:
+    """CAPTURE and, where the sample has extended lists, SC-Captioner's scores (fields sc_...), each in [0, 1].
+
+    Where nothing is there to be compared, paper mode gives what the public code would (0), or NaN where it drops
+    the sample; strict mode gives NaN for a precision of nothing said or a recall of nothing to say.
+    """
+    match = {"paper": paper_match, "strict": strict_match}[mode]
+    candidate, reference = sample.candidate, sample.reference
+    out: dict[str, float] = {}
+    for kind, said, true, text in (
+        ("object", candidate.objects, reference.objects, str),
+        ("attribute", candidate.attribute_words, reference.attribute_words, str),
+        ("relation", candidate.relations, reference.relations, " ".join),
+    ):
+        found, recalled = match(said, true, similarity, text)
+        out |= _fields(kind, found, len(said), recalled, len(true), mode)
+    out["capture"] = _capture(out, mode)
+    if sample.extra_objects is not None:
+        known = tuple(dict.fromkeys([*reference.objects, *sample.extra_objects]))
+        found, _ = match(candidate.objects, known, similarity)
+        _, recalled = match(candidate.objects, reference.objects, similarity)
+        out |= _fields("sc_object", found, len(candidate.objects), recalled, len(reference.objects), mode)
+    if sample.extra_attributes is not None:
+        attributes = _paper_attributes if mode == "paper" else _strict_attributes
+        recall = attributes(reference.attributes, candidate.attributes, similarity)
+        precision = attributes(candidate.attributes, sample.extra_attributes, similarity)
+        out |= {"sc_attribute_precision": precision, "sc_attribute_recall": recall}
+        out["sc_attribute_f1"] = _f1(precision, recall, mode)
+    return out
+
+
+def score_all(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None, mode: str) -> list[dict[str, float]]:
+    """The scores of every sample; all their phrases are embedded once.
+
+    Args:
+        encode: from phrases to (n, d) embeddings of length 1.
+
+    Raises:
+        CimError: for an unknown mode.
+    """
+    if mode not in MODES:
+        raise CimError(f"mode '{mode}' is not known; there are {', '.join(MODES)}")
+    similarity = Similarity.of(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
+    return [score(sample, similarity, mode) for sample in samples]
+
+
+def _paper_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
+    """Share of the asked attributes that the most similar given object has, both weighted by that similarity."""
+    asked = {name: words for name, words in asked.items() if words}
+    given = {name: words for name, words in given.items() if words}
+    if not asked or not given:
+        return float("nan")
+    names = list(given)
+    cosine = similarity.cosine(list(asked), names)
+    nearest = cosine.argmax(1)
+    weight, found = 0.0, 0.0
+    for i, words in enumerate(asked.values()):
+        alike = cosine[i, nearest[i]]
+        weight += alike * len(words)
+        found += alike * similarity.cosine(words, given[names[nearest[i]]]).max(1).sum()
+    return float(found / (weight + EPSILON))
+
+
+def _strict_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
+    """Share of the asked attributes found at the object assigned to theirs; what has no counterpart is not found."""
+    asked = {name: words for name, words in asked.items() if words}
+    total = sum(map(len, asked.values()))
+    if not total:
+        return float("nan")
+    given = {name: words for name, words in given.items() if words}
+    if not given:
+        return 0.0
+    objects, others = list(asked), list(given)
+    found = 0.0
+    rows, columns, alike = _assigned(_strict_similarity(objects, others, similarity))
+    for i, j, weight in zip(rows, columns, alike, strict=True):
+        said = _strict_similarity(asked[objects[i]], given[others[j]], similarity)
+        found += weight * _assigned(said)[2].sum()
+    return float(found / total)
+
+
+def _fields(kind: str, found: float, said: int, recalled: float, true: int, mode: str) -> dict[str, float]:
+    if mode == "paper":
+        precision, recall = found / (said + EPSILON), recalled / (true + EPSILON)
+    else:
+        precision = found / said if said else float("nan")
+        recall = recalled / true if true else float("nan")
+    return {f"{kind}_precision": precision, f"{kind}_recall": recall, f"{kind}_f1": _f1(precision, recall, mode)}
+
+
+def _f1(precision: float, recall: float, mode: str) -> float:
+    if mode == "paper":
+        return 2 * precision * recall / (precision + recall + EPSILON)
+    if np.isnan(precision) and np.isnan(recall):
+        return float("nan")  # nothing to say and nothing said
+    precision, recall = np.nan_to_num(precision), np.nan_to_num(recall)
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _capture(fields: Mapping[str, float], mode: str) -> float:
+    """The weighted mean of the F1s; in strict mode over those that are defined."""
+    values = {kind: fields[f"{kind}_f1"] for kind in WEIGHTS}
+    if mode == "strict":
+        values = {kind: value for kind, value in values.items() if not np.isnan(value)}
+    weight = sum(WEIGHTS[kind] for kind in values)
+    return sum(WEIGHTS[kind] * value for kind, value in values.items()) / weight if weight else float("nan")
