@@ -4,6 +4,7 @@
 # make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
 # make study   five seeds of CIM, three of each rival (some 40 minutes on two idle cores)
 # make benchmarks   speed and memory, beside the public way of computing the reward (about half an hour)
+# make wordnet   Debian's WordNet 3.0 in .wordnet, for cim evaluate (or have NLTK's)
 # make smoke   every stage in a few minutes, in a folder of its own
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = agg
 
-.PHONY: repro test lab photos study smoke benchmarks lint data clean
+.PHONY: repro test lab photos study smoke benchmarks wordnet lint data clean
 
 SETUP := $(VENV)/.installed
 
@@ -59,6 +60,12 @@ benchmarks: $(SETUP)
 	python benchmarks/reward.py
 	@test -d artifacts/gallery || { echo "error: benchmarks/grpo.py needs the pipeline's artifacts: run 'make repro'"; exit 2; }
 	python benchmarks/grpo.py
+
+wordnet: .wordnet/usr/share/wordnet/index.sense
+
+.wordnet/usr/share/wordnet/index.sense:
+	mkdir -p .wordnet
+	cd .wordnet && apt-get download -q wordnet-base wordnet-sense-index && for file in *.deb; do dpkg-deb -x "$$file" .; done
 
 lint: $(SETUP)
 	ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `cim data`, `cim run STAGE`, `cim params`, `cim pipeline`, `cim gallery`, `cim score`."""
+"""The command line: `cim data`, `run`, `params`, `pipeline`, `gallery`, `score`, `evaluate`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cim import cli_gallery, stages
+    from cim import cli_evaluate, cli_gallery, stages
 
     parser = argparse.ArgumentParser(prog="cim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             help="as in -S profile=smoke -S train.steps=20",
         )
     cli_gallery.add_commands(commands)
+    cli_evaluate.add_command(commands)
     arguments = parser.parse_args(argv)
 
     with one_line_errors():

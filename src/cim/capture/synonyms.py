@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import nltk
@@ -61,6 +61,34 @@ class WordNet:
         """All lemmas of all senses of a phrase, itself among them where WordNet has it; empty where it does not."""
         senses = self._reader.synsets("_".join(phrase.split()))
         return frozenset(lemma for sense in senses for lemma in sense.lemma_names())
+
+    def lemma(self, word: str, part: str) -> str:
+        """The base form of a word as a noun (n), adjective (a) or verb (v); the shortest where there are several."""
+        return min(self._reader._morphy(word, part) or [word], key=len)
+
+    def use(self, word: str) -> dict[str, int]:
+        """How common a word is in WordNet's tagged texts as noun (n), adjective (a) or verb (v), where it can be."""
+        out = {}
+        for part in "nav":
+            bases = {base for base in (word, self.lemma(word, part)) if self._reader.synsets(base, pos=part)}
+            if bases:
+                # A sense counts a little even where the texts do not have it.
+                senses = sum(len(self._reader.synsets(base, pos=part)) for base in bases)
+                out[part] = senses + 10 * sum(self._counts.get((base, part), 0) for base in bases)
+        return out
+
+    @cached_property
+    def _counts(self) -> dict[tuple[str, str], int]:
+        """Times that each lemma was tagged as each part of speech, from cntlist.rev."""
+        counts: dict[tuple[str, str], int] = {}
+        with self._reader.open("cntlist.rev") as lines:
+            for line in lines:
+                key, _, count = line.split()
+                lemma, _, rest = key.partition("%")
+                part = {"1": "n", "2": "v", "3": "a", "5": "a"}.get(rest[0])
+                if part:
+                    counts[lemma, part] = counts.get((lemma, part), 0) + int(count)
+        return counts
 
     def alike(self, a: str, b: str) -> bool:
         """Whether two phrases share a lemma of any of their senses."""

@@ -1,0 +1,222 @@
+"""From captions to scene graphs: FactualSceneGraph's model as in the paper, or a pattern that needs no model.
+
+Both lemmatise with WordNet, as the public code does, so that "birds" and "bird" are one object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from cim.capture.graphs import SceneGraph
+from cim.capture.synonyms import WordNet
+from cim.errors import CimError
+
+FACTUAL = "lizhuang144/flan-t5-base-VG-factual-sg"
+
+
+class Parser(Protocol):
+    """Turns captions into graphs; `name` says how, and changes when the graphs would."""
+
+    name: str
+
+    def parse(self, captions: Sequence[str]) -> list[SceneGraph]: ...
+
+
+class FactualParser:
+    """The paper's parser: a T5 from the hub, all sentences of all captions in batches.
+
+    Raises:
+        CimError: where the package or the model is missing.
+    """
+
+    def __init__(self, wordnet: WordNet, checkpoint: str = FACTUAL, device: str = "cpu", batch: int = 64):
+        try:
+            from factual_scene_graph.parser.scene_graph_parser import SceneGraphParser
+        except ImportError as error:
+            raise CimError(f"parser factual: {error}; run 'pip install FactualSceneGraph'") from None
+        try:
+            self._parser = SceneGraphParser(checkpoint, device=device)
+        except (OSError, ValueError) as error:
+            raise CimError(f"parser factual: '{checkpoint}' could not be loaded: {str(error)[:200]}") from None
+        self.name, self._wordnet, self._batch = f"factual:{checkpoint}", wordnet, batch
+
+    def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
+        sentences = [sentences_of(caption) for caption in captions]
+        flat = [sentence for part in sentences for sentence in part]
+        parsed: list[dict] = []
+        for start in tqdm(range(0, len(flat), self._batch), desc="parsing", mininterval=2):
+            batch = flat[start : start + self._batch]
+            parsed += self._parser.parse(
+                batch, beam_size=5, return_text=False, max_output_len=128, batch_size=self._batch
+            )
+        out, at = [], 0
+        for part in sentences:
+            out.append(merge(parsed[at : at + len(part)], self._wordnet))
+            at += len(part)
+        return out
+
+
+def merge(sentences: Sequence[dict], wordnet: WordNet) -> SceneGraph:
+    """One graph of the graphs of a caption's sentences, in FactualSceneGraph's form, each thing once."""
+    objects: dict[str, None] = {}
+    attributes: dict[str, dict[str, None]] = {}
+    relations: dict[tuple[str, str, str], None] = {}
+    for graph in sentences:
+        heads = [wordnet.lemma(entity["head"], "n") for entity in graph["entities"]]
+        for head, entity in zip(heads, graph["entities"], strict=True):
+            objects[head] = None
+            for attribute in sorted(entity["attributes"]):
+                if " of" not in attribute:
+                    attributes.setdefault(head, {})[wordnet.lemma(attribute, "a")] = None
+        for r in graph["relations"]:
+            relations[heads[r["subject"]], r["relation"], heads[r["object"]]] = None
+    return SceneGraph(tuple(objects), {name: tuple(words) for name, words in attributes.items()}, tuple(relations))
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PREPOSITIONS = _words(
+    """in on at with of by near behind beside besides between under underneath over above below beneath across along
+    around against among inside outside into onto through toward towards from to before after beyond upon within
+    alongside next front top left right bottom side for like off up down as"""
+)
+STOP = _words(
+    """a an the this that these those there here it its they them their he his him she her we our us you your i my
+    is are was were be been being has have had do does did can could will would may might must shall should not
+    no and or but so if then than also very too just only some any each every another other others such which
+    who whom whose what when where while because both either neither all most many much more several few lot
+    image picture photo photograph view scene background foreground one ones thing something someone anything
+    front side top bottom left right middle center centre see look appear seem visible present"""
+)
+NUMBERS = _words("two three four five six seven eight nine ten eleven twelve multiple")
+DETERMINERS = _words("a an the this that these those his her its their my our your some each every another")
+
+
+class PatternParser:
+    """Noun phrases and what stands between them, by WordNet's parts of speech: no model, the same graph every time.
+
+    An adjective, number or participle before a noun is its attribute, as is one after "is". Verbs and prepositions
+    between two noun phrases of a clause are a relation. It knows nothing of the clauses' structure beyond that.
+    """
+
+    name = "pattern:1"
+
+    def __init__(self, wordnet: WordNet):
+        self._wordnet = wordnet
+        self._kind = cache(self._kind_of)
+
+    def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
+        return [merge([self._sentence(s) for s in sentences_of(caption)], self._wordnet) for caption in captions]
+
+    def _kind_of(self, word: str) -> str:
+        """n, a, v or "" for a word, by how often WordNet's texts use it so; words it does not know are names."""
+        if word in NUMBERS or word.isdigit():
+            return "a"
+        counts = self._wordnet.use(word)
+        if not any(counts.values()):
+            return "n" if counts or word.isalpha() else ""
+        return max("nav", key=lambda kind: counts.get(kind, 0))
+
+    def _sentence(self, sentence: str) -> dict:
+        entities: list[dict] = []
+        relations: list[dict] = []
+        for clause in re.split(r"[,;:()]|\bwhile\b|\bbut\b", sentence.lower()):
+            self._clause(re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", clause), entities, relations)
+        return {"entities": entities, "relations": relations}
+
+    def _clause(self, words: list[str], entities: list[dict], relations: list[dict]) -> None:
+        subject, between, pending = None, [], []
+        copula = False
+        for i, word in enumerate(words):
+            after = words[i + 1] if i + 1 < len(words) else ""
+            if word in ("is", "are", "was", "were"):
+                copula = True
+            if word in PREPOSITIONS:
+                between.append(word)
+                pending = []
+                continue
+            if word in STOP:
+                if word == "and":
+                    between.append(word)
+                continue
+            kind = self._kind(word)
+            verbal = word.endswith(("ing", "ed")) and self._wordnet.lemma(word, "v") != word
+            before = words[i - 1] if i else ""
+            if verbal and before not in DETERMINERS:
+                kind = "v"
+            elif kind == "v" and (before in DETERMINERS | PREPOSITIONS or (pending and pending[-1][0] == before)):
+                # After "the", "white" or "with" comes a noun where the word can be one.
+                kind = "n" if "n" in self._wordnet.use(word) else "v"
+            if kind == "n" and after and after not in STOP | PREPOSITIONS and self._kind(after) == "n":
+                # A noun before a noun belongs to its name: "tennis racket".
+                pending.append((word, "n"))
+            elif kind == "n":
+                compound = [w for w, k in pending if k == "n"]
+                head = " ".join([*compound, word])
+                entities.append({"head": head, "attributes": {w for w, k in pending if k == "a"}})
+                here = len(entities) - 1
+                said = [w for w in between if w != "and"]
+                if subject is not None and said and "and" not in between:
+                    relations.append({"subject": subject, "relation": " ".join(said), "object": here})
+                subject, between, pending, copula = here, [], [], False
+            elif kind == "a":
+                if copula and subject is not None and (not after or after in STOP | PREPOSITIONS):
+                    entities[subject]["attributes"].add(word)
+                else:
+                    pending.append((word, "a"))
+            elif kind == "v":
+                between.append(word)
+                pending = []
+
+
+def sentences_of(caption: str) -> list[str]:
+    """The sentences of a caption, split after . ! ? and at line ends."""
+    return [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", caption) if part.strip()]
+
+
+class CachedParser:
+    """A parser that keeps its graphs by caption, in one file a parser; only new captions are parsed."""
+
+    def __init__(self, parser: Parser, folder: Path):
+        self.name, self._parser = parser.name, parser
+        self._path = Path(folder) / f"{hashlib.sha256(parser.name.encode()).hexdigest()[:16]}.jsonl"
+
+    def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
+        known = self._read()
+        new = [c for c in dict.fromkeys(captions) if self._key(c) not in known]
+        # In pieces, so that a kill loses little.
+        for start in range(0, len(new), 256):
+            piece = new[start : start + 256]
+            graphs = self._parser.parse(piece)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as lines:
+                for caption, graph in zip(piece, graphs, strict=True):
+                    known[self._key(caption)] = graph
+                    value = {"objects": graph.objects, "attributes": graph.attributes, "relations": graph.relations}
+                    lines.write(json.dumps({"key": self._key(caption), "graph": value}) + "\n")
+        return [known[self._key(caption)] for caption in captions]
+
+    @staticmethod
+    def _key(caption: str) -> str:
+        return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _read(self) -> dict[str, SceneGraph]:
+        known = {}
+        if self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    known[row["key"]] = SceneGraph.of(row["graph"])
+                except (ValueError, KeyError):
+                    continue  # a line that a kill cut short
+        return known
