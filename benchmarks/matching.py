@@ -1,11 +1,13 @@
-"""CAPTURE's matching beside the public one on the same parse graphs, encoder and machine.
+"""CAPTURE's and SC-Captioner's matching beside the public way, on the same parse graphs, encoder and machine.
 
     pip install --no-deps capture-metric FactualSceneGraph tabulate
     python benchmarks/matching.py --vectors capture_vectors.json
 
-The file holds samples with "candidate_graph" and "reference_graph" as cim.capture.graphs.SceneGraph.of reads them; they
-are repeated, with other partners, until there are --samples of them. The public package wants its encoder set by hand,
-NLTK's downloads avoided and its parser, which is not used, left out.
+The file holds samples with "candidate_graph" and "reference_graph" as cim.capture.graphs.SceneGraph.of reads them,
+"extra_objects" and "extra_attributes"; they are repeated, with other partners, until there are --samples of them. The
+public package (CAPTURE) wants its encoder set by hand, NLTK's downloads avoided and its parser, which is not used, left
+out. SC-Captioner's scores are in no package: the peer computes them as they are published, on that package's matching,
+embedding the phrases of each pair of objects when it comes to them.
 """
 
 from __future__ import annotations
@@ -24,10 +26,9 @@ from cim.capture.matching import Sample, score_all
 from cim.capture.synonyms import WordNet, load_wordnet
 from cim.encoders import load_text_encoder
 
-FIELDS = [
-    "capture",
-    *(f"{kind}_{what}" for kind in ("object", "attribute", "relation") for what in ("precision", "recall", "f1")),
-]
+KINDS, WHAT = ("object", "attribute", "relation"), ("precision", "recall", "f1")
+FIELDS = ["capture", *(f"{kind}_{what}" for kind in KINDS for what in WHAT)]
+FIELDS += ["sc_object_precision", "sc_object_recall", "sc_attribute_precision", "sc_attribute_recall"]
 
 
 def public(wordnet: WordNet, model):
@@ -46,9 +47,31 @@ def public(wordnet: WordNet, model):
     scorer.synonym_matching = scorer.soft_matching = True
     scorer.stop_words_list, scorer.text_encoder = set(), model
 
+    def attributes(asked: dict, given: dict) -> float:
+        names, others = list(asked), list(given)
+        left, right = capture.encode_phrases(model, others, names, batch_size=4)
+        alike = left.dot(right.T)
+        weight = found = 0.0
+        for i, name in enumerate(names):
+            nearest = int(alike[:, i].argmax())
+            said, true = capture.encode_phrases(model, list(given[others[nearest]]), list(asked[name]), batch_size=4)
+            weight += alike[nearest, i] * len(true)
+            found += alike[nearest, i] * said.dot(true.T).max(0).sum()
+        return found / (weight + scorer.eps)
+
     def score(sample: Sample) -> list[float]:
         graphs = [(list(g.objects), g.attributes, list(g.relations)) for g in (sample.reference, sample.candidate)]
-        return [float(value) for value in scorer.compute_f_score(*graphs)]
+        values = list(scorer.compute_f_score(*graphs))
+        said, true = graphs[1][0], graphs[0][0]
+        known = list(dict.fromkeys([*true, *sample.extra_objects]))
+        values.append(scorer.compute_match(said, known)[1] / (len(said) + scorer.eps))
+        values.append(scorer.compute_match(said, true)[2] / (len(true) + scorer.eps))
+        candidate, reference = sample.candidate.attributes, sample.reference.attributes
+        if candidate and reference:
+            values += [attributes(candidate, sample.extra_attributes), attributes(reference, candidate)]
+        else:
+            values += [float("nan")] * 2
+        return [float(value) for value in values]
 
     return score
 
@@ -68,7 +91,11 @@ def main() -> None:
     rows = {}
     for count in (n, options.samples):
         # Round after round, every candidate meets the next reference.
-        samples = [Sample(candidates[i % n], references[(i + i // n) % n]) for i in range(count)]
+        samples = []
+        for i in range(count):
+            image = vectors[(j := (i + i // n) % n)]
+            extra = tuple(image["extra_objects"]), image["extra_attributes"]
+            samples.append(Sample(candidates[i % n], references[j], *extra))
         encoder = load_text_encoder(TEXT)
         phrases = sorted(set().union(*(sample.phrases() for sample in samples)))
         encoder.encode(phrases[:32])
@@ -88,7 +115,7 @@ def main() -> None:
             "ours_over_embedding": ours / embed,
             "peer_s_a_sample": peer,
             "times_the_peer": peer * count / ours,
-            "largest_difference": float(np.abs(mine - np.array(theirs)).max()),
+            "largest_difference": float(np.nanmax(np.abs(mine - np.array(theirs)))),
         }
     report("matching", {"peer_samples": options.peer_samples, "samples": rows}, pd.DataFrame(rows))
 
