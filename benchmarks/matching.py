@@ -97,7 +97,8 @@ def main() -> None:
             extra = tuple(image["extra_objects"]), image["extra_attributes"]
             samples.append(Sample(candidates[i % n], references[j], *extra))
         encoder = load_text_encoder(TEXT)
-        phrases = sorted(set().union(*(sample.phrases() for sample in samples)))
+        words = {w for s in samples for of in s.extra_attributes.values() for w in of}
+        phrases = sorted(words.union(*(sample.phrases() for sample in samples)))
         encoder.encode(phrases[:32])
         embed = seconds(lambda: encoder.encode(phrases))  # noqa: B023
         wordnet = load_wordnet()

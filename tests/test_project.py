@@ -142,3 +142,10 @@ def test_the_readmes_figures_are_those_of_the_committed_results(tmp_path):
     source = study if study in names.stdout.splitlines() else "results/evaluate/metrics.json"
     (tmp_path / "metrics.json").write_text(committed(source))
     assert readme_table(tmp_path / "metrics.json") in committed("README.md")
+
+
+def test_the_readmes_table_of_scale_is_that_of_the_committed_benchmark():
+    import runpy
+
+    scale_table = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["scale_table"]
+    assert scale_table(ROOT / "results/benchmarks/reward-1000000.json") in (ROOT / "README.md").read_text()

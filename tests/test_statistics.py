@@ -102,17 +102,22 @@ def test_summary_finds_a_score_that_follows_and_one_that_does_not(world, rng):
 
 
 def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
-    import faiss
+    import pyarrow as pa
 
     from cim.gallery import Gallery
+    from cim.index import ExactSearch
 
     vectors = rng.normal(size=(3000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = faiss.IndexFlatIP(64)
-    index.add(vectors)
-    unrelated = vectors[rng.permutation(3000)]
-    gallery = Gallery(tmp_path, {}, pd.DataFrame({"image_id": range(3000)}), unrelated, index)
+    unrelated, texts = vectors[rng.permutation(3000)], vectors.astype(np.float16)
+    table = pa.table({"image_id": [str(i) for i in range(3000)]})
+    gallery = Gallery(tmp_path, {}, table, texts, unrelated, ExactSearch(texts))
     table = correlation.grc_by_density(gallery, {"q": vectors[:200]}, None, [0.001, 1.0], [3, 5], rng)
     assert set(table[table["fraction"] == 0.001]["k"]) == set()  # three rows: too few for k + 1
     for k, grc in table.set_index("k")["grc"].items():
         assert grc == pytest.approx(k**-0.5, abs=0.02)
+
+
+def test_rounding_is_no_variation(rng):
+    assert not statistics.varies(1 + 1e-8 * rng.normal(size=40))
+    assert statistics.varies(1 + 1e-4 * rng.normal(size=40))

@@ -15,7 +15,7 @@ from cim.gallery import Gallery, drop_excluded
 from cim.manifest import Manifest
 from cim.rewards import gallery_representation_consistency
 from cim.settings import require
-from cim.statistics import correlations, mean_with_interval
+from cim.statistics import correlations, mean_with_interval, varies
 from cim.world.language import FULL, Detail, corrupt, describe
 from cim.world.scenes import Scene
 from cim.world.scoring import graph_f1, score_captions
@@ -138,7 +138,7 @@ def summarise(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> 
                 levels.append((ladder, level, label, score, mean["value"], *mean["interval"]))
         for score in scores:
             values = part[score].to_numpy(float)
-            if values.std() == 0:  # e.g. words where every caption is as long: nothing to correlate
+            if not varies(values):  # e.g. words where every caption is as long
                 continue
             found = correlations(values, part["quality"].to_numpy(), part["image_id"].to_numpy(), rng, resamples)
             means = part.groupby("level")[score].mean()

@@ -60,6 +60,13 @@ def _cell(cell: dict, scale: float = 100) -> str:
     return f"{scale * cell['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
+def _correlation(cell: dict) -> str:
+    low, high = cell["interval"]
+    if cell["value"] is None or low is None:
+        return "n/a: it does not vary"
+    return f"{cell['value']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def correlation_table(path: Path) -> pd.DataFrame:
     """Spearman with quality by ladder and score."""
     found = _read(path)
@@ -67,7 +74,7 @@ def correlation_table(path: Path) -> pd.DataFrame:
         {
             "ladder": ladder,
             "score": score,
-            "Spearman": f"{c['value']:.2f} [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]",
+            "Spearman": _correlation(c),
             "by level": "" if c["by_level"] is None else f"{c['by_level']:.2f}",
         }
         for ladder, scores in found["spearman"].items()

@@ -21,6 +21,11 @@ def interval(samples: np.ndarray) -> list[float]:
     return [float(q) for q in np.nanquantile(samples, [tail, 1 - tail])]
 
 
+def varies(values: np.ndarray) -> bool:
+    """Whether values differ by more than the rounding of float32 vectors; else they correlate with nothing."""
+    return bool(np.ptp(values) > 1e-6 * max(1.0, np.abs(values).max()))
+
+
 def correlations(
     score: np.ndarray, quality: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
 ) -> dict[str, dict]:

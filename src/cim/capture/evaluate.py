@@ -57,8 +57,7 @@ def evaluate(
         for method, of in captions.items()
     }
     # Methods share most of their phrases with the references: all are embedded together.
-    phrases = set().union(*(sample.phrases() for part in samples.values() for sample in part))
-    similarity = Similarity.of(phrases, encode, wordnet)
+    similarity = Similarity.of_samples([sample for part in samples.values() for sample in part], encode, wordnet)
     tables = []
     for method, part in samples.items():
         for mode in MODES:

@@ -45,9 +45,9 @@ class Sample:
     extra_attributes: Mapping[str, tuple[str, ...]] | None = None
 
     def phrases(self) -> set[str]:
-        extra = self.extra_attributes or {}
-        words = {word for words in extra.values() for word in words}
-        return self.candidate.phrases() | self.reference.phrases() | {*(self.extra_objects or ()), *extra} | words
+        """All that is compared, but for the extra attributes: only those of some objects will be."""
+        extra = {*(self.extra_objects or ()), *(self.extra_attributes or {})}
+        return self.candidate.phrases() | self.reference.phrases() | extra
 
 
 @dataclass
@@ -62,9 +62,33 @@ class Similarity:
     @staticmethod
     def of(phrases: Iterable[str], encode: Encode, wordnet: WordNet | None) -> Similarity:
         """Embed the distinct phrases; sorted, so that their order cannot matter."""
-        distinct = sorted(set(phrases))
-        vectors = np.asarray(encode(distinct), np.float32) if distinct else np.zeros((0, 1), np.float32)
-        return Similarity(vectors, {phrase: i for i, phrase in enumerate(distinct)}, wordnet)
+        empty = Similarity(np.zeros((0, 1), np.float32), {}, wordnet)
+        return empty.with_phrases(phrases, encode)
+
+    @staticmethod
+    def of_samples(
+        samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None, modes: Sequence[str] = MODES
+    ) -> Similarity:
+        """Embed all that scoring these samples will compare, in two calls: of the long lists of extra attributes only
+        those of objects that the candidates' objects are compared with."""
+        similarity = Similarity.of(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
+        words = set()
+        for sample in samples:
+            extra = sample.extra_attributes or {}
+            for mode in modes:
+                for _, name, _ in _aligned(sample.candidate.attributes, extra, similarity, mode):
+                    words.update(extra[name])
+        return similarity.with_phrases(words, encode)
+
+    def with_phrases(self, phrases: Iterable[str], encode: Encode) -> Similarity:
+        """This and more phrases; those known are not embedded again."""
+        new = sorted(set(phrases) - set(self.row_of))
+        if not new:
+            return self
+        vectors = np.asarray(encode(new), np.float32)
+        rows = {phrase: len(self.row_of) + i for i, phrase in enumerate(new)}
+        vectors = np.concatenate([self.vectors, vectors]) if len(self.vectors) else vectors
+        return Similarity(vectors, {**self.row_of, **rows}, self.wordnet, self._alike)
 
     def cosine(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray:
         """(len(a), len(b)) cosines."""
@@ -183,43 +207,47 @@ def score_all(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None
     """
     if mode not in MODES:
         raise CimError(f"mode '{mode}' is not known; there are {', '.join(MODES)}")
-    similarity = Similarity.of(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
+    similarity = Similarity.of_samples(samples, encode, wordnet, [mode])
     return [score(sample, similarity, mode) for sample in samples]
+
+
+def _aligned(asked: Mapping, given: Mapping, similarity: Similarity, mode: str) -> list[tuple[str, str, float]]:
+    """Which given object's attributes each asked object's are compared with, and how alike the two objects are.
+
+    Paper mode takes the most similar one, strict mode the one of a one-to-one assignment. Objects without attributes
+    take no part.
+    """
+    names = [name for name, words in asked.items() if words]
+    others = [name for name, words in given.items() if words]
+    if not names or not others:
+        return []
+    if mode == "paper":
+        cosine = similarity.cosine(names, others)
+        nearest = cosine.argmax(1)
+        return [(name, others[j], float(cosine[i, j])) for i, (name, j) in enumerate(zip(names, nearest, strict=True))]
+    rows, columns, alike = _assigned(_strict_similarity(names, others, similarity))
+    return [(names[i], others[j], float(value)) for i, j, value in zip(rows, columns, alike, strict=True)]
 
 
 def _paper_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
     """Share of the asked attributes that the most similar given object has, both weighted by that similarity."""
-    asked = {name: words for name, words in asked.items() if words}
-    given = {name: words for name, words in given.items() if words}
-    if not asked or not given:
-        return float("nan")
-    names = list(given)
-    cosine = similarity.cosine(list(asked), names)
-    nearest = cosine.argmax(1)
     weight, found = 0.0, 0.0
-    for i, words in enumerate(asked.values()):
-        alike = cosine[i, nearest[i]]
-        weight += alike * len(words)
-        found += alike * similarity.cosine(words, given[names[nearest[i]]]).max(1).sum()
-    return float(found / (weight + EPSILON))
+    for name, other, alike in _aligned(asked, given, similarity, "paper"):
+        weight += alike * len(asked[name])
+        found += alike * float(similarity.cosine(asked[name], given[other]).max(1).sum())
+    return found / (weight + EPSILON) if weight else float("nan")
 
 
 def _strict_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
     """Share of the asked attributes found at the object assigned to theirs; what has no counterpart is not found."""
-    asked = {name: words for name, words in asked.items() if words}
     total = sum(map(len, asked.values()))
     if not total:
         return float("nan")
-    given = {name: words for name, words in given.items() if words}
-    if not given:
-        return 0.0
-    objects, others = list(asked), list(given)
     found = 0.0
-    rows, columns, alike = _assigned(_strict_similarity(objects, others, similarity))
-    for i, j, weight in zip(rows, columns, alike, strict=True):
-        said = _strict_similarity(asked[objects[i]], given[others[j]], similarity)
-        found += weight * _assigned(said)[2].sum()
-    return float(found / total)
+    for name, other, alike in _aligned(asked, given, similarity, "strict"):
+        said = _strict_similarity(asked[name], given[other], similarity)
+        found += alike * float(_assigned(said)[2].sum())
+    return found / total
 
 
 def _fields(kind: str, found: float, said: int, recalled: float, true: int, mode: str) -> dict[str, float]:
