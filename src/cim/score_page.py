@@ -59,7 +59,7 @@ body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 72re
 section {{ display: grid; grid-template-columns: 11rem 1fr 34rem; gap: 1rem }}
 section {{ padding: 1rem 0; border-top: 1px solid #ddd }}
 figure {{ margin: 0; width: 10.5rem }} img {{ max-width: 100%; border-radius: 4px }}
-figcaption {{ font-size: 12px; color: #666; max-height: 6em; overflow: auto }}
+figcaption {{ font-size: 12px; color: #666; max-height: 6em; overflow: auto; overflow-wrap: anywhere }}
 .found {{ display: flex; gap: .5rem; flex-wrap: wrap }} .scores {{ color: #555 }}
 .missing {{ color: #a00; font-size: 12px }}
 @media (max-width: 60rem) {{ section {{ grid-template-columns: 1fr }} }}
