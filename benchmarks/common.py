@@ -17,7 +17,7 @@ import torch
 
 from cim.encoders import load_text_encoder
 from cim.gallery import IMAGES, INFO, ROWS, TEXTS
-from cim.gallery_build import SCHEMA, described
+from cim.gallery_files import SCHEMA, described, write_array, write_json, write_rows
 from cim.index import blocks
 
 RESULTS = Path("results/benchmarks")
@@ -81,16 +81,17 @@ def synthetic_texts(seeds: np.ndarray, rows: int, path: Path) -> np.ndarray:
         seeds: (n, d) embeddings of real captions.
     """
     rng = np.random.default_rng(2)
-    with path.open("wb") as file:
-        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, seeds.shape[1])}
-        np.lib.format.write_array_header_1_0(file, header)
+
+    def mixtures():
         for part in blocks(rows):
             n = part.stop - part.start
             share = rng.dirichlet([0.6, 0.3, 0.3], n).astype(np.float32)
             chosen = rng.integers(0, len(seeds), (n, 3))
             mixed = sum(share[:, j, None] * seeds[chosen[:, j]] for j in range(3))
             mixed += 0.02 * rng.standard_normal(mixed.shape, dtype=np.float32)
-            file.write(unit(mixed).astype(np.float16).tobytes())
+            yield unit(mixed)
+
+    write_array(path, rows, seeds.shape[1], mixtures())
     return np.load(path, mmap_mode="r")
 
 
@@ -110,14 +111,10 @@ def gallery_folder(rows: int, seeds: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     encoder = load_text_encoder(TEXT)
     texts = synthetic_texts(encoder.encode(seeds), rows, folder / TEXTS)
-    with (folder / IMAGES).open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, IMAGE_DIM)})
-        for part in blocks(rows):
-            file.write(images_of(texts[part], seed=part.start).astype(np.float16).tobytes())
-    with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for part in blocks(rows):
-            ids = [f"synthetic-{i}" for i in range(part.start, part.stop)]
-            writer.write_table(pa.table([ids, ids, [""] * len(ids)], schema=SCHEMA))
+    images = (images_of(texts[part], seed=part.start) for part in blocks(rows))
+    write_array(folder / IMAGES, rows, IMAGE_DIM, images)
+    ids = ([f"synthetic-{i}" for i in range(part.start, part.stop)] for part in blocks(rows))
+    write_rows(folder / ROWS, (pa.table([part, part, [""] * len(part)], schema=SCHEMA) for part in ids))
     info = {
         "rows": rows,
         "skipped": 0,
@@ -126,7 +123,7 @@ def gallery_folder(rows: int, seeds: list[str]) -> Path:
         "index": {"kind": "exact", "reason": "asked for", "effort": 0, "candidates": 0, "recall": 1.0},
         "files": {name: described(folder / name) for name in (TEXTS, IMAGES, ROWS)},
     }
-    (folder / INFO).write_text(json.dumps(info, indent=1))
+    write_json(folder / INFO, info)
     return folder
 
 

@@ -327,7 +327,7 @@ def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_p
 def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
     """No array that is written or encoded at once holds more than a shard."""
     largest = []
-    write = gallery_build._write_array
+    write = gallery_build.write_array
 
     def watched(path, n, dim, arrays):
         def watch():
@@ -337,7 +337,7 @@ def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
 
         write(path, n, dim, watch())
 
-    monkeypatch.setattr(gallery_build, "_write_array", watched)
+    monkeypatch.setattr(gallery_build, "write_array", watched)
     build_gallery(shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8), SETTINGS, *encoders, tmp_path / "g")
     assert max(largest) == 8
 

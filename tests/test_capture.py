@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ print(PatternParser(wordnet).parse([v["candidate"] for v in vectors]))
 """
     printed = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**__import__("os").environ, "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in ("1", "2")

@@ -70,6 +70,8 @@ def _score_batch(scorer: Scorer, records: list[Record]) -> Iterator[dict]:
     scorer.add_images({record.image_id: record.open for record in records}, unreadable)
     good = [record for record in records if record.image_id not in unreadable]
     scores, found = scorer.scores_and_rows([r.caption for r in good], [r.image_id for r in good])
+    # One look-up for the batch; an empty caption, which found nothing, is given row 0 here and drops it below.
+    retrieved = iter(scorer.gallery.take(found.clip(min=0)).to_dict("records"))
     items = iter(zip(scores.to_dict("records"), found, strict=True))
     for record in records:
         row = {"image_id": record.image_id, "image": record.image, "caption": record.caption}
@@ -77,8 +79,9 @@ def _score_batch(scorer: Scorer, records: list[Record]) -> Iterator[dict]:
             yield {**row, **dict.fromkeys(SCORES), "retrieved": [], "error": unreadable[record.image_id]}
             continue
         values, rows = next(items)
-        retrieved = scorer.gallery.take(rows[rows >= 0]).to_dict("records")
-        yield {**row, **{name: round(values[name], 6) for name in SCORES}, "retrieved": retrieved, "error": None}
+        nearest = list(islice(retrieved, len(rows)))
+        nearest = nearest if rows[0] >= 0 else []
+        yield {**row, **{name: round(values[name], 6) for name in SCORES}, "retrieved": nearest, "error": None}
 
 
 def _resume(partial: Path, made_of: dict) -> int:

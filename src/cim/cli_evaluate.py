@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from cim.errors import CimError
@@ -35,6 +34,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cim.capture.readers import load_reader
     from cim.capture.synonyms import load_wordnet
     from cim.encoders import default_device, load_text_encoder
+    from cim.stages import write_metrics
 
     if arguments.resamples < 100:
         raise CimError("--resamples must be at least 100 for an interval")
@@ -54,7 +54,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if len(done.questions):
         done.questions.to_csv(arguments.out / "questions.csv", index=False)
     page(done.images, captions, labels, arguments.out / "page.html")
-    (arguments.out / "metrics.json").write_text(_json(done.metrics), encoding="utf-8")
+    write_metrics(arguments.out / "metrics.json", done.metrics)
     for mode in ("paper", "strict"):
         print(f"\n{mode} mode, percent with 95 % intervals over {len(labels.references)} images")
         print(table(done.metrics, mode).to_string())
@@ -84,15 +84,3 @@ def _captions(arguments: argparse.Namespace, labels) -> tuple[dict[str, dict[str
         if len(found) > 5:
             print(f"  ... and {len(found) - 5} more, in {arguments.out / 'metrics.json'}")
     return captions, problems
-
-
-def _json(metrics: dict) -> str:
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        # JSON has no NaN: what is not defined is null.
-        return None if isinstance(value, float) and value != value else value
-
-    return json.dumps(clean(metrics), indent=1) + "\n"

@@ -12,8 +12,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -31,14 +29,13 @@ from cim.gallery import (
     ROWS,
     TEXTS,
     GallerySettings,
-    fingerprint,
     id_hashes,
     load_gallery,
     read_info,
 )
+from cim.gallery_files import SCHEMA, clear_disk_errors, described, write_array, write_json, write_rows
 from cim.index import (
     add_to_index,
-    blocks,
     build_index,
     calibrate,
     choose_kind,
@@ -48,7 +45,6 @@ from cim.manifest import Manifest
 from cim.processes import processes
 from cim.sources import Record, Shard, shards_of_manifest
 
-SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.string()), ("caption", pa.string())])
 SKIPPED = "skipped.jsonl"
 
 
@@ -105,13 +101,13 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     folder = Path(folder)
     info = read_info(folder)
     vectors = np.load(folder / TEXTS, mmap_mode="r")
-    with _clear_disk_errors(folder):
+    with clear_disk_errors(folder):
         info["index"] = _make_index(folder, vectors, kind, recall)
         if info["index"]["kind"] != "exact":
             info["files"][INDEX] = described(folder / INDEX)
         else:
             info["files"].pop(INDEX, None)
-        _write_json(folder / INFO, info)
+        write_json(folder / INFO, info)
     if info["index"]["kind"] == "exact":
         (folder / INDEX).unlink(missing_ok=True)
     return info
@@ -143,7 +139,7 @@ def _embed(shards, settings, text_encoder, image_encoder, folder: Path, base) ->
     for done, i in enumerate(mine):
         if len(shards) > 1:
             print(f"shard {i + 1} of {len(shards)} ({done + 1} of {len(mine)} to do here)", flush=True)
-        with _clear_disk_errors(folder):
+        with clear_disk_errors(folder):
             _embed_shard(shards[i], settings, text_encoder, image_encoder, parts[i], base, len(shards) == 1)
     state.wait_for_everyone()
     return parts
@@ -159,7 +155,7 @@ def _start_or_resume(work: Path, plan: dict) -> None:
         print(f"{work}: was begun with other sources or encoders; starting anew", flush=True)
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    _write_json(path, plan)
+    write_json(path, plan)
 
 
 def _embed_shard(shard: Shard, settings, text_encoder, image_encoder, part: Path, base, only: bool) -> None:
@@ -189,8 +185,8 @@ def _embed_shard(shard: Shard, settings, text_encoder, image_encoder, part: Path
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, values in vectors.items():
-        _write_array(aside / name, len(records), values.shape[1], [values])
-    _write_rows(aside / ROWS, [_table(records)])
+        write_array(aside / name, len(records), values.shape[1], [values])
+    write_rows(aside / ROWS, [_table(records)])
     (aside / SKIPPED).write_text(
         "".join(json.dumps({"image_id": k, "reason": v}) + "\n" for k, v in reasons.items()), encoding="utf-8"
     )
@@ -211,7 +207,7 @@ def _publish(folder: Path, parts: list[Path], settings, text_encoder, image_enco
     """Join the parts into a gallery beside the old one and put it in its place, in the main process."""
     state = processes()
     if state.is_main_process:
-        with _clear_disk_errors(folder):
+        with clear_disk_errors(folder):
             _join(folder, parts, settings, text_encoder, image_encoder, base)
     state.wait_for_everyone()
     return read_info(folder)
@@ -248,9 +244,9 @@ def _join(folder: Path, parts: list[Path], settings, text_encoder, image_encoder
     ):
         # Generators: one shard at a time is in memory.
         new = (np.load(p / name, mmap_mode="r")[k] for p, k in zip(parts, kept, strict=True))
-        _write_array(aside / name, total, encoder.dim, chain([] if old is None else [old], new))
+        write_array(aside / name, total, encoder.dim, chain([] if old is None else [old], new))
     new_rows = (t.take(pa.array(k)) for t, k in zip(tables, kept, strict=True))
-    _write_rows(aside / ROWS, chain([] if base is None else [base.table], new_rows))
+    write_rows(aside / ROWS, chain([] if base is None else [base.table], new_rows))
     (aside / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
     vectors = np.load(aside / TEXTS, mmap_mode="r")
     info = {
@@ -262,7 +258,7 @@ def _join(folder: Path, parts: list[Path], settings, text_encoder, image_encoder
     }
     names = [TEXTS, IMAGES, ROWS, *([INDEX] if info["index"]["kind"] != "exact" else [])]
     info["files"] = {name: described(aside / name) for name in names}
-    _write_json(aside / INFO, info)
+    write_json(aside / INFO, info)
 
     old = work / "old"
     if folder.exists():
@@ -336,47 +332,3 @@ def _encoder_info(encoder: TextEncoder | ImageEncoder) -> dict:
 def _table(records: list[Record]) -> pa.Table:
     rows = [{"image_id": r.image_id, "image": r.image, "caption": r.caption} for r in records]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def _write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for table in tables:
-            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
-
-
-def _write_array(path: Path, rows: int, dim: int, arrays: Iterable[np.ndarray]) -> None:
-    """Write (n, dim) arrays below each other as one float16 .npy.
-
-    By plain writing, block by block: on a full disk a memory map would end in a signal instead of an error.
-    """
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)})
-        for array in arrays:
-            for block in blocks(len(array)):
-                file.write(np.ascontiguousarray(array[block], np.float16).tobytes())
-
-
-def described(path: Path) -> dict:
-    """What gallery.json keeps of a file, to know it again."""
-    return {"quick": fingerprint(path), "whole": fingerprint(path, whole=True)}
-
-
-def _write_json(path: Path, value: dict) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-@contextmanager
-def _clear_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line that says what to do; other errors pass."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # FAISS reports a short write as a RuntimeError.
-        if not full and not (isinstance(error, RuntimeError) and "fwrite" in str(error)):
-            raise
-        raise CimError(
-            f"{folder}: the disk is full ({error}); free some space and run the same again, it goes on where it stopped"
-        ) from None

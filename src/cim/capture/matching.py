@@ -13,6 +13,7 @@ All phrases of a whole run are embedded once, together.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -95,9 +96,14 @@ class Similarity:
         rows, columns = ([self.row_of[phrase] for phrase in part] for part in (a, b))
         return self.vectors[rows] @ self.vectors[columns].T
 
-    def alike(self, a: str, b: str, substrings: bool) -> bool:
-        """Whether two phrases are synonyms; with `substrings`, also where one lies within the other."""
-        if substrings and (a in b or b in a):
+    def alike(self, a, b, substrings: bool) -> bool:
+        """Whether two phrases, or two relations part by part, are equal or synonyms.
+
+        With `substrings` a phrase within another counts too.
+        """
+        if not isinstance(a, str):
+            return all(self.alike(x, y, substrings) for x, y in zip(a, b, strict=True))
+        if a == b or (substrings and (a in b or b in a)):
             return True
         if self.wordnet is None:
             return False
@@ -115,15 +121,9 @@ def paper_match(
         candidates: phrases, or relations as tuples of phrases.
         text: the phrase that stands for an item in soft matching.
     """
-
-    def synonyms(a, b) -> bool:
-        if isinstance(a, str):
-            return similarity.alike(a, b, substrings=True)
-        return all(similarity.alike(x, y, substrings=True) for x, y in zip(a, b, strict=True))
-
     left, right = list(range(len(candidates))), list(range(len(references)))
     matched = 0
-    for same in (lambda a, b: a == b, synonyms):
+    for same in (operator.eq, lambda a, b: similarity.alike(a, b, substrings=True)):
         for i in list(left):
             j = next((j for j in right if same(candidates[i], references[j])), None)
             if j is not None:
@@ -147,15 +147,10 @@ def strict_match(
 
 
 def _strict_similarity(candidates, references, similarity: Similarity, text=str) -> np.ndarray:
-    def synonyms(a, b) -> bool:
-        if isinstance(a, str):
-            return a == b or similarity.alike(a, b, substrings=False)
-        return all(x == y or similarity.alike(x, y, substrings=False) for x, y in zip(a, b, strict=True))
-
     cosine = similarity.cosine([text(c) for c in candidates], [text(r) for r in references]).clip(0, 1)
     for i, a in enumerate(candidates):
         for j, b in enumerate(references):
-            if synonyms(a, b):
+            if similarity.alike(a, b, substrings=False):
                 cosine[i, j] = 1.0
     return cosine
 
@@ -174,19 +169,19 @@ def score(sample: Sample, similarity: Similarity, mode: str) -> dict[str, float]
     match = {"paper": paper_match, "strict": strict_match}[mode]
     candidate, reference = sample.candidate, sample.reference
     out: dict[str, float] = {}
+    recalled: dict[str, float] = {}
     for kind, said, true, text in (
         ("object", candidate.objects, reference.objects, str),
         ("attribute", candidate.attribute_words, reference.attribute_words, str),
         ("relation", candidate.relations, reference.relations, " ".join),
     ):
-        found, recalled = match(said, true, similarity, text)
-        out |= _fields(kind, found, len(said), recalled, len(true), mode)
+        found, recalled[kind] = match(said, true, similarity, text)
+        out |= _fields(kind, found, len(said), recalled[kind], len(true), mode)
     out["capture"] = _capture(out, mode)
     if sample.extra_objects is not None:
         known = tuple(dict.fromkeys([*reference.objects, *sample.extra_objects]))
         found, _ = match(candidate.objects, known, similarity)
-        _, recalled = match(candidate.objects, reference.objects, similarity)
-        out |= _fields("sc_object", found, len(candidate.objects), recalled, len(reference.objects), mode)
+        out |= _fields("sc_object", found, len(candidate.objects), recalled["object"], len(reference.objects), mode)
     if sample.extra_attributes is not None:
         attributes = _paper_attributes if mode == "paper" else _strict_attributes
         recall = attributes(reference.attributes, candidate.attributes, similarity)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -192,7 +192,7 @@ class CachedParser:
         self._path = Path(folder) / f"{hashlib.sha256(parser.name.encode()).hexdigest()[:16]}.jsonl"
 
     def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
-        known = self._read()
+        known = self._known
         new = [c for c in dict.fromkeys(captions) if self._key(c) not in known]
         # In pieces, so that a kill loses little.
         for start in range(0, len(new), 256):
@@ -210,7 +210,8 @@ class CachedParser:
     def _key(caption: str) -> str:
         return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _read(self) -> dict[str, SceneGraph]:
+    @cached_property
+    def _known(self) -> dict[str, SceneGraph]:
         known = {}
         if self._path.is_file():
             for line in self._path.read_text(encoding="utf-8").splitlines():
