@@ -10,7 +10,12 @@ import pytest
 from scipy import stats
 
 from cim import cli
-from cim.capture.labels import Labels
+from cim.capture import parsers
+from cim.capture.evaluate import agreement, evaluate
+from cim.capture.graphs import SceneGraph
+from cim.capture.labels import Labels, labels_of
+from cim.capture.matching import Sample, Similarity, relations_recalled
+from cim.capture.parsers import FactualParser
 from cim.capture.readers import (
     AlwaysYes,
     ServerReader,
@@ -23,6 +28,7 @@ from cim.capture.readers import (
 from cim.capture.significance import holm, paired_permutation
 from cim.capture.synonyms import load_wordnet
 from cim.errors import CimError
+from cim.world.graphs import WorldParser, WorldReader
 
 LABELS = {
     "references.json": {
@@ -230,3 +236,175 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+FACTS = {
+    "A small red owl sits on a tall tree.": "( owl , is , small ) , ( owl , is , red ) , ( owl , sit on , tree ) , ( tree , is , tall )",
+    "A blue car is near the house.": "( car , is , blue ) , ( car , near , house )",
+    "Two women hold a white umbrella.": "( women , is , 2 ) , ( umbrella , is , white ) , ( women , hold , umbrella )",
+    "The sky is blue.": "( sky , is , blue )",
+    "A black dog runs on the green grass.": "( dog , is , black ) , ( grass , is , green ) , ( dog , run on , grass )",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def factual(tmp_path_factory):
+    """A T5 of the hub model's class, a moment's training from knowing five sentences by heart."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    asked = [f"Generate Scene Graph: {sentence}" for sentence in FACTS]
+    words = sorted(
+        {w for text in [*asked, *FACTS.values()] for w in text.replace(".", " .").replace(":", " :").split()}
+    )
+    tokenizer = Tokenizer(
+        WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *words])}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = T5Config(
+        vocab_size=len(words) + 3, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    inputs = fast(asked, padding=True, return_tensors="pt")
+    labels = fast(list(FACTS.values()), padding=True, return_tensors="pt")["input_ids"]
+    labels[labels == 0] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.05
+    folder = tmp_path_factory.mktemp("factual")
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_the_papers_parser_from_sentences_to_graph(wordnet, factual):
+    caption = " ".join(list(FACTS)[:2])
+    graph = FactualParser(wordnet, str(factual)).parse([caption, "", "Two women hold a white umbrella."])
+    assert set(graph[0].objects) == {"owl", "tree", "car", "house"}
+    assert set(graph[0].attributes["owl"]) == {"red", "small"}
+    assert ("owl", "sit on", "tree") in graph[0].relations
+    assert graph[1].objects == ()
+    assert set(graph[2].objects) == {"woman", "umbrella"}  # lemmatised; two is no attribute
+    assert "woman" not in graph[2].attributes
+    # Nothing depends on what shares a batch.
+    assert FactualParser(wordnet, str(factual), batch=1).parse([caption]) == graph[:1]
+
+
+def test_evaluate_with_the_papers_parser_tells_how_far_both_agree(wordnet, folder, factual, monkeypatch):
+    monkeypatch.setattr(parsers, "FACTUAL", str(factual))
+    monkeypatch.setattr(FactualParser.__init__, "__defaults__", (str(factual), "cpu", 64))
+    metrics = run(folder, "--parser", "factual")
+    assert metrics["parser"] == f"factual:{factual}"
+    agree = metrics["agreement with the pattern parser"]
+    assert set(agree) == {"objects", "attributes", "relations"}
+    assert agree["objects"] > 0.8
+    assert metrics["methods"]["full"]["strict"]["capture"]["value"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "entities", "relations"),
+    [
+        ("( dog , is , black ) , ( dog , on , grass )", {"dog": {"black"}, "grass": set()}, [("dog", "on", "grass")]),
+        ("( sky )", {"sky": set()}, []),
+        ("sky , is", {"sky": set()}, []),
+        ("( dog , is , 2 ) , ( dog , near , ca", {"dog": set()}, []),  # cut short
+        ("( a , b ) , ( dog , is , big )", {"dog": {"big"}}, []),  # malformed
+        ("( dog , is , big ) , ( dog , is , big )", {"dog": {"big"}}, []),
+        ("", {}, []),
+    ],
+)
+def test_factuals_notation(text, entities, relations):
+    graph = parsers.read_facts(text)
+    assert {e["head"]: e["attributes"] for e in graph["entities"]} == entities
+    heads = [e["head"] for e in graph["entities"]]
+    assert [(heads[r["subject"]], r["relation"], heads[r["object"]]) for r in graph["relations"]] == relations
+
+
+def test_agreement_of_parsers():
+    one = SceneGraph(("dog", "cat"), {"dog": ("black",)}, (("dog", "near", "cat"),))
+    two = SceneGraph(("dog", "bird"), {"dog": ("black",)}, (("dog", "by", "cat"),))
+    assert agreement([one], [one]) == {"objects": 1, "attributes": 1, "relations": 1}
+    assert agreement([one], [two]) == {"objects": 0.5, "attributes": 1, "relations": 0}
+    assert np.isnan(agreement([SceneGraph()], [SceneGraph()])["objects"])
+
+
+def test_seeds_of_a_method_are_one_method(wordnet, folder):
+    for seed, text in enumerate(("An owl.", "A small red owl sits on a tall tree.")):
+        (folder / f"mine-{seed}.json").write_text(json.dumps({**LABELS["references.json"], "a": text}))
+    metrics = run(
+        folder, "--captions", str(folder / "full.json"), str(folder / "mine-0.json"), str(folder / "mine-1.json")
+    )
+    assert metrics["seeds"] == {"full": [0], "mine": [0, 1]}
+    images = pd.read_csv(folder / "out" / "images.csv")
+    mine = images[(images["method"] == "mine") & (images["mode"] == "strict")]
+    cell = metrics["methods"]["mine"]["strict"]["object_recall"]
+    assert cell["value"] == pytest.approx(mine["object_recall"].mean(), abs=1e-4)
+    assert cell["interval"][0] < cell["value"] < cell["interval"][1] <= 1
+
+
+def test_relations_one_by_one(wordnet):
+    reference = SceneGraph(("owl", "tree", "car"), {}, (("owl", "on", "tree"), ("car", "near", "tree")))
+    said = SceneGraph(("owl", "tree"), {}, (("owl", "on", "tree"), ("owl", "in", "car")))
+    similarity = Similarity.of(reference.phrases() | said.phrases(), lambda texts: np.eye(len(texts)), wordnet)
+    rows = relations_recalled(Sample(said, reference), similarity)
+    assert [(name, exact) for name, exact, _ in rows] == [("on", 1.0), ("near", 0.0)]
+    assert relations_recalled(Sample(SceneGraph(), reference), similarity) == [("on", 0, 0), ("near", 0, 0)]
+
+
+def test_grc_and_qir_stand_beside_the_other_scores(wordnet, folder, gallery, world):
+    (folder / "images").mkdir()
+    for name, path in zip("abc", world.split("test").image_paths, strict=False):
+        (folder / "images" / f"{name}.png").write_bytes(path.read_bytes())
+    metrics = run(folder, "--gallery", str(gallery.folder), "--images", str(folder / "images"))
+    assert {"grc", "qir", "cim"} <= set(metrics["methods"]["full"]["strict"])
+    row = next(
+        r for r in metrics["correlations"] if (r["mode"], r["score"], r["with"]) == ("strict", "words", "capture")
+    )
+    images = pd.read_csv(folder / "out" / "images.csv")
+    strict = images[images["mode"] == "strict"].dropna(subset="capture")
+    expected = stats.kendalltau(strict["words"], strict["capture"]).statistic
+    assert row["kendall"]["value"] == pytest.approx(expected, abs=1e-4)
+    assert row["captions"] == len(strict)
+
+
+def test_the_small_world_is_judged_by_its_own_grammar(world, encoders):
+    """The whole of cim.capture on the small world: full captions are perfect, silence is not."""
+    test = world.split("test")
+    labels = labels_of(test, "test")
+    assert set(labels.extra_objects) == set(test.frame["image_id"])
+    full = dict(labels.references)
+    done = evaluate(
+        {"full": {0: full}, "silent": {0: dict.fromkeys(full, "")}},
+        labels,
+        WorldParser(),
+        encoders[0].encode,
+        None,
+        WorldReader(),
+        resamples=100,
+    )
+    assert done.metrics["synonyms"] == "none"
+    for mode in ("paper", "strict"):
+        assert done.metrics["methods"]["full"][mode]["capture"]["value"] == pytest.approx(1, abs=1e-4)
+    assert done.metrics["methods"]["full"]["strict"]["sc_object_precision"]["value"] == pytest.approx(1)
+    assert done.metrics["questions"]["full"]["accuracy"] > 0.9
+    assert done.metrics["questions"]["silent"]["unknown"] == 1
+
+
+def test_the_world_parser_keeps_each_thing_once():
+    graph = WorldParser().parse(["A small red owl is above a car. The owl is above the car. The background is snow."])[
+        0
+    ]
+    assert graph.objects == ("owl", "car", "background")
+    assert graph.attributes == {"owl": ("red", "small"), "background": ("snow",)}
+    assert graph.relations == (("owl", "above", "car"),)

@@ -17,7 +17,8 @@ import yaml
 from cim.captioner import END, IMAGE, build_processor
 from cim.errors import CimError
 from cim.gallery import fingerprint
-from cim.generation import caption_images, chat, hold_batch_norm, load_captioner
+from cim.generation import caption_images
+from cim.models import ModelSettings, chat, hold_batch_norm, load_model
 from cim.runs import parse_run
 from cim.train.common import StepLog
 from cim.train.grpo import grpo_dataset, trim_samples
@@ -26,6 +27,10 @@ from cim.world.language import BACKGROUND_PHRASES, describe
 from cim.world.scenes import random_scene
 
 PROMPT = "describe the image."
+
+
+def at(folder) -> ModelSettings:
+    return ModelSettings(name=str(folder), prompt=PROMPT)
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def train(workspace, run, **changes):
 
 
 def weights(folder):
-    return load_captioner(folder)[0].state_dict()
+    return load_model(at(folder))[0].state_dict()
 
 
 def test_the_tokenizer_knows_every_word_and_gives_back_the_text(rng):
@@ -84,27 +89,27 @@ def test_the_chat_template_places_image_prompt_and_answer():
 
 def test_the_captioner_is_saved_and_loaded_like_any_model(captioner_folder, world):
     assert (captioner_folder / "model.safetensors").is_file()
-    model, processor = load_captioner(captioner_folder)
+    model, processor = load_model(at(captioner_folder))
     test = world.split("test")
-    captions = caption_images(model, processor, test, PROMPT, 16, batch_size=8, progress=False)
+    captions = caption_images(model, processor, test, at(captioner_folder), 16, batch=8, progress=False)
     assert len(captions) == len(test)
     assert all(isinstance(c, str) for c in captions)
     assert any(captions)
     # The batch does not matter, padding included.
-    assert caption_images(model, processor, test, PROMPT, 16, batch_size=3, progress=False) == captions
+    assert caption_images(model, processor, test, at(captioner_folder), 16, batch=3, progress=False) == captions
 
 
 def test_its_vision_tower_is_the_encoders_trunk(captioner_folder, encoder_folder):
     import open_clip
 
     clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{encoder_folder}")
-    tower = load_captioner(captioner_folder)[0].model.vision_tower.timm_model.state_dict()
+    tower = load_model(at(captioner_folder))[0].model.vision_tower.timm_model.state_dict()
     for name, tensor in clip.visual.trunk.state_dict().items():
         assert torch.equal(tensor, tower[name]), name
 
 
 def test_batch_norm_is_held(captioner_folder):
-    model, _ = load_captioner(captioner_folder)
+    model, _ = load_model(at(captioner_folder))
     assert hold_batch_norm(model) > 0
     model.train()
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -119,11 +124,11 @@ def test_runs_are_named_method_and_seed(run):
 
 def test_a_missing_model_is_one_clear_error(tmp_path):
     with pytest.raises(CimError, match="could not be loaded"):
-        load_captioner(tmp_path / "nothing")
+        load_model(at(tmp_path / "nothing"))
 
 
 def test_annotators_leave_out_and_slip(world):
-    settings = SftSettings(steps=1, batch_size=1, lr=1e-3, annotators={"colour": 0.0}, slip_rate=0.0)
+    settings = SftSettings(batch_size=1, lr=1e-3, steps=1, annotators={"colour": 0.0})
     train_split = world.split("train")
     written = sft_captions("sft", train_split, settings, 0)
     assert not any(colour in " ".join(written).split() for colour in ("red", "blue", "purple"))
@@ -194,8 +199,8 @@ def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert not [name for name in moved if "vision_tower" in name]
-    model, processor = load_captioner(out)
-    assert len(caption_images(model, processor, world.split("test"), PROMPT, 8, progress=False)) == 8
+    model, processor = load_model(at(out))
+    assert len(caption_images(model, processor, world.split("test"), at(out), 8, progress=False)) == 8
 
 
 def test_sft_learns_its_captions(workspace):

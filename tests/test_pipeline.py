@@ -8,12 +8,12 @@ from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 
 from cim import stages
+from cim.runs import all_runs
 from cim.workspace import compose, prepare
 from conftest import ROOT
 
@@ -41,7 +41,7 @@ def smoke(tmp_path_factory):
 @pytest.mark.timeout(900)
 def test_every_notebook_ran_to_its_end(smoke):
     params = yaml.safe_load((smoke / "params.yaml").read_text())
-    runs = [*params["runs"]["grpo"], *params["runs"]["sft"]]
+    runs = all_runs(params["runs"])
     reports = {*(set(stages.NOTEBOOKS) - {"train"}), *(f"train-{run}" for run in runs)}
     assert {p.stem for p in (smoke / "reports").glob("*.ipynb")} == reports
     for report in reports:
@@ -52,7 +52,7 @@ def test_every_notebook_ran_to_its_end(smoke):
 
 def test_results_are_complete_and_finite(smoke):
     metrics = json.loads((smoke / "results/evaluate/metrics.json").read_text())
-    assert set(metrics["methods"]) == {"base", "cim", "sft", "sft_perfect", "empty"}
+    assert set(metrics["methods"]) == {"base", "cim", "cim_on_sft", "sft", "sft_perfect", "empty"}
     for method, result in metrics["methods"].items():
         for name, cell in result["metrics"].items():
             if method == "empty":
@@ -60,8 +60,12 @@ def test_results_are_complete_and_finite(smoke):
             assert cell["value"] is None or (0 <= cell["value"] <= 1 or name == "words")
     assert metrics["methods"]["empty"]["metrics"]["qa_accuracy"]["value"] == 0
     assert metrics["always_yes"]["qa_balanced"] == 0.5
-    captions = pd.read_csv(smoke / "results/evaluate/captions.csv", keep_default_na=False)
-    assert set(captions["method"]) == {"base", "cim", "sft", "sft_perfect"}
+    captions = {path.stem: json.loads(path.read_text()) for path in (smoke / "results/captions/test").glob("*.json")}
+    assert set(captions) == {"base-0", "cim-0", "sft-0", "sft_perfect-0", "cim_on_sft-0"}
+    assert all(len(said) == metrics["images"] for said in captions.values())
+    judged = json.loads((smoke / "results/evaluate/capture.json").read_text())["test"]
+    assert set(judged["methods"]) == {"base", "cim", "cim_on_sft", "sft", "sft_perfect"}
+    assert {"correlations", "relations", "comparisons", "questions"} <= set(judged)
     claims = json.loads((smoke / "results/report/claims.json").read_text())["claims"]
     assert all({"claim", "measured", "held"} <= set(c) for c in claims)
 
@@ -89,7 +93,7 @@ def test_a_reward_parameter_reruns_training_evaluation_and_results_only(smoke):
         done = dvc(smoke, "repro")
         assert done.returncode == 0, done.stderr[-2000:]
         ran = {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
-        assert ran == {"train@cim-0", "evaluate", "results"}
+        assert ran == {"train@cim-0", "on_sft@0", "captions", "evaluate", "results"}
     finally:
         (smoke / "params.yaml").write_text(params)
 

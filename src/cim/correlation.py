@@ -31,9 +31,9 @@ class CorrelationSettings:
     images: int
     seed: int
     resamples: int
-    captioner: str | None
     fractions: list[float]
     ks: list[int]
+    model_captions: bool = False
 
     def __post_init__(self):
         require(self.images >= 3, "images must be at least 3")

@@ -13,8 +13,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cim.errors import CimError
-from cim.manifest import COLUMNS, write_manifest
+from cim.manifest import COLUMNS, EXTENDED, write_manifest
 from cim.settings import require
+from cim.world.graphs import extended_lists
 from cim.world.language import describe
 from cim.world.questions import ask
 from cim.world.render import Painter, png_bytes
@@ -85,9 +86,10 @@ def world(settings: DatasetSettings, out: Path) -> None:
                 p.template,
                 p.scene.to_json(),
                 json.dumps(next(questions)) if p.split == "test" else None,
+                *(json.dumps(known) if p.split == "test" else None for known in extended_lists(p.scene)),
             )
         )
-    write_manifest(pd.DataFrame(rows, columns=COLUMNS), out / "manifest.parquet")
+    write_manifest(pd.DataFrame(rows, columns=[*COLUMNS, *EXTENDED]), out / "manifest.parquet")
 
 
 def flickr8k(settings: DatasetSettings, out: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cim.generation import caption_images, load_captioner
+from cim.capture.evaluate import Evaluation
+from cim.errors import CimError
+from cim.generation import BASE
 from cim.manifest import Manifest
 from cim.runs import parse_run
 from cim.scorer import variety
@@ -28,12 +30,12 @@ METRICS = (
     "qa_told",
     "words",
 )
-BASE = "base-0"  # named like a run, though nothing trains it here
 LABELS = {
     "base": "base",
     "sft": "SFT, annotators' captions",
     "sft_perfect": "SFT, perfect captions",
     "cim": "CIM (GRC + QIR)",
+    "cim_on_sft": "CIM on SFT",
     "grc": "GRC only",
     "qir": "QIR only",
     "self_retrieval": "self-retrieval",
@@ -47,29 +49,91 @@ LABELS = {
 class EvaluateSettings:
     """The `evaluate` group."""
 
-    base: str
-    prompt: str
-    split: str
-    max_new_tokens: int
+    splits: list[str]
+    parser: str
+    encoder: str
     seed: int
     resamples: int
+    reader: str | None = None
+    wordnet: bool = True
 
     def __post_init__(self):
+        require(bool(self.splits), "splits is empty; name at least one")
         require(self.resamples >= 100, "resamples must be at least 100 for an interval")
 
 
-def caption_runs(settings: EvaluateSettings, runs: list[str], manifest: Manifest, artifacts: Path) -> pd.DataFrame:
-    """Greedy captions of the base model and of every run; columns method, seed, image_id, caption."""
-    models = {BASE: Path(settings.base), **{run: artifacts / "train" / run for run in runs}}
+def read_captions(folder: Path) -> pd.DataFrame:
+    """What stage `captions` wrote for one split; columns method, seed, image_id, caption, the base model first.
+
+    Raises:
+        CimError: where there are none.
+    """
+    files = sorted(folder.glob("*.json"), key=lambda path: (path.stem != BASE, path.stem))
+    if not files or files[0].stem != BASE:
+        raise CimError(f"{folder / BASE}.json: not found; stage 'captions' writes it")
     parts = []
-    for run, folder in models.items():
-        method, seed = ("base", 0) if run == BASE else parse_run(run)
-        model, processor = load_captioner(folder)
-        captions = caption_images(model, processor, manifest, settings.prompt, settings.max_new_tokens, progress=False)
-        print(f"{run}: {np.mean([len(c.split()) for c in captions]):.1f} words, e.g. {captions[0]!r}", flush=True)
-        ids = manifest.frame["image_id"]
-        parts.append(pd.DataFrame({"method": method, "seed": seed, "image_id": ids, "caption": captions}))
-    return pd.concat(parts, ignore_index=True)
+    for path in files:
+        method, seed = ("base", 0) if path.stem == BASE else parse_run(path.stem)
+        said = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(pd.DataFrame({"method": method, "seed": seed, "image_id": said.keys(), "caption": said.values()}))
+    table = pd.concat(parts, ignore_index=True)
+    order = [method for method in LABELS if method in set(table["method"])]
+    return table.sort_values("method", key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
+
+
+def capture(
+    settings: EvaluateSettings, split: Manifest, name: str, captions: pd.DataFrame, gallery: Path
+) -> Evaluation:
+    """CAPTURE and all that goes with it, of the captions of one split, with GRC, QIR and CIM beside.
+
+    Args:
+        captions: as read_captions gives them.
+        gallery: the folder of a gallery.
+    """
+    from cim.capture.evaluate import evaluate as judge
+    from cim.capture.labels import labels_of
+    from cim.capture.parsers import CachedParser, load_parser
+    from cim.capture.readers import load_reader
+    from cim.capture.synonyms import load_wordnet
+    from cim.encoders import default_device, load_text_encoder
+    from cim.scorer import load_scorer
+
+    wordnet = load_wordnet() if settings.wordnet else None
+    parser = CachedParser(load_parser(settings.parser, wordnet, str(default_device())), Path(".cache/parses"))
+    scorer = load_scorer(gallery)
+    scorer.add_sources(split)
+    return judge(
+        by_method(captions),
+        labels_of(split, name),
+        parser,
+        load_text_encoder(settings.encoder).encode,
+        wordnet,
+        load_reader(settings.reader) if settings.reader else None,
+        scorer.retrieval_scores,
+        settings.seed,
+        settings.resamples,
+    )
+
+
+def extremes(images: pd.DataFrame, method: str, shown: int = 4) -> pd.DataFrame:
+    """The images whose captions gained and lost most in strict CAPTURE over the base's, first seeds; best first.
+
+    Returns:
+        Columns image, gain.
+    """
+    strict = images[images["mode"] == "strict"]
+    first = strict[strict["seed"] == strict.groupby("method")["seed"].transform("min")]
+    wide = first.pivot(index="image", columns="method", values="capture")
+    gain = (wide[method] - wide["base"]).dropna().sort_values(ascending=False, kind="stable")
+    return pd.concat([gain.head(shown), gain.tail(shown)]).rename("gain").reset_index()
+
+
+def by_method(captions: pd.DataFrame) -> dict[str, dict[int, dict[str, str]]]:
+    """The same as {method: {seed: {image_id: caption}}}, which cim.capture takes."""
+    out: dict[str, dict[int, dict[str, str]]] = {}
+    for (method, seed), part in captions.groupby(["method", "seed"], sort=False):
+        out.setdefault(method, {})[int(seed)] = dict(zip(part["image_id"], part["caption"], strict=True))
+    return out
 
 
 def with_controls(captions: pd.DataFrame) -> pd.DataFrame:

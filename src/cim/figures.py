@@ -25,7 +25,19 @@ SCORE_LABELS = {
 COLOURS = dict(
     zip(
         LABELS,
-        ["#7f7f7f", "#8c6d31", "#d6b656", "#c0392b", "#e08283", "#e67e22", "#2471a3", "#76a5d6", "#bbbbbb", "#dddddd"],
+        [
+            "#7f7f7f",
+            "#8c6d31",
+            "#d6b656",
+            "#c0392b",
+            "#7d3c98",
+            "#e08283",
+            "#e67e22",
+            "#2471a3",
+            "#76a5d6",
+            "#bbbbbb",
+            "#dddddd",
+        ],
         strict=True,
     )
 )
@@ -159,6 +171,50 @@ def metrics_figure(table: pd.DataFrame, names: dict[str, str]) -> Figure:
             ax.axvline(part.loc["base", "value"], color="0.6", lw=1, ls=":")
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
+    return figure
+
+
+def relations_figure(relations: dict[str, dict]) -> Figure:
+    """Recall of each relation by method, stated exactly; one row a relation, the most common at the top.
+
+    Args:
+        relations: as cim.capture.evaluate's metrics have them: method -> relation -> {"stated", "exact", ...}.
+    """
+    methods = [m for m in LABELS if m in relations and m != "empty"]
+    stated = {name: cell["stated"] for name, cell in relations[methods[0]].items()}
+    names = sorted(stated, key=stated.get)[-12:]
+    figure, ax = plt.subplots(figsize=(7, 0.16 * len(names) * max(3, len(methods)) + 1))
+    for i, method in enumerate(methods):
+        cells = [relations[method][name]["exact"] for name in names]
+        at = np.arange(len(names)) + 0.7 * (0.5 - (i + 0.5) / len(methods))
+        value = np.array([c["value"] for c in cells], float)
+        error = np.abs(np.array([c["interval"] for c in cells], float).T - value)
+        ax.errorbar(value, at, xerr=error, fmt="o", ms=4, color=COLOURS[method], label=LABELS[method])
+    ax.set_yticks(range(len(names)), [f"{name} ({stated[name]})" for name in names])
+    ax.set(xlabel="recall", xlim=(-0.02, 1.02))
+    ax.grid(axis="y", visible=False)
+    ax.legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figure
+
+
+def length_figure(table: pd.DataFrame, names: dict[str, str]) -> Figure:
+    """Quality against length: one point a method with both 95 % intervals, one panel a metric.
+
+    Args:
+        table: columns method, metric, value, low, high, with "words" among the metrics.
+        names: metric -> panel title.
+    """
+    methods = [m for m in LABELS if m in set(table["method"]) and m != "empty"]
+    cells = table.set_index(["method", "metric"])
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
+    for ax, (metric, title) in zip(axes[0], names.items(), strict=True):
+        for method in methods:
+            x, y = cells.loc[(method, "words")], cells.loc[(method, metric)]
+            ax.plot([x["low"], x["high"]], [y["value"]] * 2, color=COLOURS[method], lw=1.5)
+            ax.plot([x["value"]] * 2, [y["low"], y["high"]], color=COLOURS[method], lw=1.5)
+            ax.plot(x["value"], y["value"], "o", color=COLOURS[method], label=LABELS[method])
+        ax.set(title=title, xlabel="words a caption")
+    axes[0, -1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     return figure
 
 

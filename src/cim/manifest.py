@@ -17,6 +17,8 @@ from cim.errors import CimError
 # What a row holds. `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none).
 COLUMNS = ("image_id", "image", "caption", "split", "source", "template", "scene", "questions")
 REQUIRED = ("image_id", "image", "caption", "split")
+# SC-Captioner's lists of what may be said of an image, as JSON or null: [object, ...] and {object: [attribute, ...]}.
+EXTENDED = ("extra_objects", "extra_attributes")
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,14 @@ def _read(path: Path) -> dict:
 
 def _cell(cell: dict, scale: float = 100) -> str:
     low, high = cell["interval"]
-    if cell["value"] is None or low is None:
+    if cell["value"] is None or low is None or cell["value"] != cell["value"]:
         return "n/a"
     return f"{scale * cell['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
 def _correlation(cell: dict) -> str:
     low, high = cell["interval"]
-    if cell["value"] is None or low is None:
+    if cell["value"] is None or low is None or cell["value"] != cell["value"]:
         return "n/a: it does not vary"
     return f"{cell['value']:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -111,9 +111,112 @@ def long_table(path: Path) -> pd.DataFrame:
     )
 
 
-def beside_the_paper(path: Path) -> pd.DataFrame:
-    """The paper's rows, marked as reported, and ours; the units differ, as the page says."""
-    found = _read(path)["methods"]
+def facts_table(metrics: dict[str, dict], yes: dict[str, float]) -> pd.DataFrame:
+    """What evaluation.evaluate found and the always-Yes line: columns method, seeds, metric, value, low, high."""
+    rows = [
+        (m, len(r["seeds"]), k, c["value"], *c["interval"]) for m, r in metrics.items() for k, c in r["metrics"].items()
+    ]
+    rows += [("always_yes", 1, k, v, v, v) for k, v in yes.items()]
+    return pd.DataFrame(rows, columns=["method", "seeds", "metric", "value", "low", "high"])
+
+
+def gains_table(metrics: dict[str, dict]) -> pd.DataFrame:
+    """What each method gained over the base, fact by fact, and whether the intervals lie apart."""
+    rows = []
+    for method, result in metrics.items():
+        if method in ("base", "empty"):
+            continue
+        for name in (*HEADLINE, "words"):
+            cell, start = result["metrics"][name], metrics["base"]["metrics"][name]
+            rows.append(
+                {
+                    "method": LABELS[method],
+                    "metric": HEADLINE.get(name, name),
+                    "base": start["value"],
+                    "now": cell["value"],
+                    "gain": cell["gain"],
+                    "gain low": cell["gain_interval"][0],
+                    "gain high": cell["gain_interval"][1],
+                    "relative": cell["gain"] / start["value"] if start["value"] else float("nan"),
+                    "intervals apart": clear_of(metrics, method, "base", name),
+                }
+            )
+    return pd.DataFrame(rows).round(3)
+
+
+CAPTURE = {
+    "capture": "CAPTURE",
+    "object_f1": "objects F1",
+    "attribute_f1": "attributes F1",
+    "relation_f1": "relations F1",
+    "relation_recall": "relations R",
+    "sc_object_precision": "objects P (sc)",
+    "sc_attribute_precision": "attributes P (sc)",
+    "cim": "CIM",
+    "words": "words",
+}
+
+
+def capture_table(metrics: dict, mode: str) -> pd.DataFrame:
+    """Methods by CAPTURE's and SC-Captioner's scores in percent with intervals; CIM and words as they are."""
+    rows = {}
+    for method, modes in metrics["methods"].items():
+        cells = {k: c for k, c in modes[mode].items() if k in CAPTURE}
+        rows[LABELS.get(method, method)] = {"seeds": len(metrics["seeds"][method])} | {
+            CAPTURE[k]: _cell(cells[k], 1 if k in ("cim", "words") else 100) for k in CAPTURE if k in cells
+        }
+    return pd.DataFrame(rows).T.fillna("").rename_axis(f"{mode} mode")
+
+
+def capture_long(metrics: dict, mode: str) -> pd.DataFrame:
+    """The same, every score: columns method, metric, value, low, high; for figures.metrics_figure."""
+    return pd.DataFrame(
+        [
+            {"method": m, "metric": k, "value": c["value"], "low": c["interval"][0], "high": c["interval"][1]}
+            for m, modes in metrics["methods"].items()
+            for k, c in modes[mode].items()
+        ]
+    )
+
+
+def comparison_table(metrics: dict, mode: str) -> pd.DataFrame:
+    """Each method against the first: paired difference, interval, effect and corrected p."""
+    rows = [
+        {
+            "method": LABELS.get(r["method"], r["method"]),
+            "score": CAPTURE[r["field"]],
+            "difference": r["difference"],
+            "low": r["interval"][0],
+            "high": r["interval"][1],
+            "effect": r["effect"],
+            "p (Holm)": r["p_holm"],
+            "images": r["images"],
+        }
+        for r in metrics["comparisons"]
+        if r["mode"] == mode and r["field"] in CAPTURE
+    ]
+    return pd.DataFrame(rows).round(4)
+
+
+def metric_table(metrics: dict, mode: str) -> pd.DataFrame:
+    """How scores without references follow those with: Kendall's tau-b and its interval."""
+    rows = [
+        {"score": r["score"], "with": CAPTURE.get(r["with"], r["with"]), "Kendall": _correlation(r["kendall"])}
+        for r in metrics.get("correlations", [])
+        if r["mode"] == mode
+    ]
+    return pd.DataFrame(rows).pivot(index="score", columns="with", values="Kendall") if rows else pd.DataFrame()
+
+
+def captured(folder: Path) -> dict:
+    """What capture.json of an evaluation holds of its first split."""
+    return next(iter(_read(Path(folder) / "capture.json").values()))
+
+
+def beside_the_paper(folder: Path) -> pd.DataFrame:
+    """The paper's rows, marked as reported, and ours from an evaluation's folder; units differ, as the page says."""
+    found = _read(Path(folder) / "metrics.json")["methods"]
+    told = captured(folder)
     rows = [{"source": "reported in the paper", "model": f"{m} + CIM", **values} for m, values in REPORTED.items()]
     if "cim" in found:
         cim = found["cim"]["metrics"]
@@ -121,7 +224,7 @@ def beside_the_paper(path: Path) -> pd.DataFrame:
             {
                 "source": f"measured here, {len(found['cim']['seeds'])} seed(s)",
                 "model": "FastVLM, 1.5 M parameters + CIM",
-                "CAPTURE": "not measured",
+                "CAPTURE": f"{_cell(told['methods']['cim']['paper']['capture'])} (parser: {told['parser']})",
                 "relation QA": f"{_cell(cim['qa_accuracy'])} (all questions)",
                 "relation recall gain": f"{100 * cim['relation_recall']['gain']:+.1f}",
                 "relation QA gain": f"{100 * cim['qa_accuracy']['gain']:+.1f} (all questions)",

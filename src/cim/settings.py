@@ -41,9 +41,10 @@ def group(cls: type[T], values: dict[str, Any] | None, name: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(fields)):
         raise CimError(f"parameters: '{name}.{unknown[0]}' is not known; '{name}' takes {', '.join(fields)}")
-    required = [f.name for f in fields.values() if f.default is dataclasses.MISSING]
-    if missing := [key for key in required if key not in values]:
-        raise CimError(f"parameters: '{name}.{missing[0]}' is missing")
+    missing = dataclasses.MISSING
+    required = [f.name for f in fields.values() if f.default is missing and f.default_factory is missing]
+    if absent := [key for key in required if key not in values]:
+        raise CimError(f"parameters: '{name}.{absent[0]}' is missing")
     checked = {key: _checked(value, hints[key], f"{name}.{key}") for key, value in values.items()}
     try:
         return cls(**checked)

@@ -16,9 +16,9 @@ MANIFEST = ARTIFACTS / "dataset" / "manifest.parquet"
 # Notebook stage -> the groups of params.yaml it is given: its own unpacked, the others whole.
 NOTEBOOKS = {
     "gallery": ("encoders",),
-    "correlation": ("encoders",),
-    "train": ("reward", "sft"),
-    "evaluate": ("runs",),
+    "correlation": ("encoders", "model"),
+    "train": ("model", "reward", "sft"),
+    "evaluate": (),
     "results": (),
 }
 
@@ -42,7 +42,7 @@ def notebook_parameters(stage: str, params: dict, training_run: str | None = Non
     if missing:
         raise CimError(f"params.yaml: group '{missing[0]}' is missing; stage {stage} needs it")
     own = dict(params[stage] or {}) if stage != "train" else {"run": training_run, "train": params["train"]}
-    return {**own, **{name: params[name] for name in NOTEBOOKS[stage]}}
+    return own | {name: params[name] for name in NOTEBOOKS[stage]}
 
 
 def run_notebook(stage: str, parameters: dict, report: str) -> None:
@@ -100,6 +100,8 @@ def _dataset(params: dict) -> None:
 
 
 def _encoder(params: dict) -> None:
+    if _not_trained_here(params, "encoder", {"image": params["encoders"]["image"]}):
+        return
     from cim.encoder_training import EncoderTrainingSettings, train_encoder
     from cim.manifest import read_manifest
 
@@ -110,6 +112,8 @@ def _encoder(params: dict) -> None:
 
 
 def _captioner(params: dict) -> None:
+    if _not_trained_here(params, "captioner", {"model": params["model"]["name"]}):
+        return
     from cim.captioner import CaptionerSettings, train_captioner
     from cim.manifest import read_manifest
 
@@ -120,5 +124,27 @@ def _captioner(params: dict) -> None:
     write_metrics(RESULTS / "captioner" / "loss.json", {"curve": curve})
 
 
-_SCRIPTS = {"dataset": _dataset, "encoder": _encoder, "captioner": _captioner}
+def _not_trained_here(params: dict, stage: str, instead: dict) -> bool:
+    """Where a profile sets a stage's group to null, what it would train is named elsewhere; leave a note of that."""
+    if params.get(stage) is not None:
+        return False
+    for folder in (ARTIFACTS / stage, RESULTS / stage):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_metrics(ARTIFACTS / stage / "not_trained_here.json", instead)
+    write_metrics(RESULTS / stage / {"encoder": "metrics.json", "captioner": "loss.json"}[stage], instead)
+    print(f"{stage}: not trained here; used instead: {', '.join(instead.values())}")
+    return True
+
+
+def _captions(params: dict) -> None:
+    from cim.generation import CaptionSettings, caption_runs
+    from cim.models import ModelSettings
+    from cim.runs import all_runs
+
+    settings = group(CaptionSettings, params.get("captions"), "captions")
+    model = group(ModelSettings, params.get("model"), "model")
+    caption_runs(model, settings, all_runs(params["runs"]), ARTIFACTS, RESULTS / "captions")
+
+
+_SCRIPTS = {"dataset": _dataset, "encoder": _encoder, "captioner": _captioner, "captions": _captions}
 STAGES = (*_SCRIPTS, *NOTEBOOKS)

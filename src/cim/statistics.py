@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import kendalltau, rankdata
 
 LEVEL = 0.95
 
@@ -53,6 +53,37 @@ def correlations(
         samples = cov / np.sqrt((weights @ x**2 / total - mx**2) * (weights @ y**2 / total - my**2))
         out[name] = {"value": float((x * y).mean()), "interval": interval(samples)}
     return out
+
+
+def kendall(
+    score: np.ndarray,
+    judged: np.ndarray,
+    images: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    variant: str = "b",
+) -> dict:
+    """Kendall's tau with its bootstrap interval over images (all captions of one image together).
+
+    Args:
+        score, judged: (n,) per caption.
+        images: (n,) which image each caption is of.
+        variant: "b" corrects for ties; "c" is what captioning metrics report on graded judgements.
+
+    Returns:
+        {"value", "interval"}; NaN where one of both does not vary.
+    """
+    if len(score) < 2 or not varies(score) or not varies(judged):
+        return {"value": float("nan"), "interval": [float("nan"), float("nan")]}
+    names, codes = np.unique(images, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    samples = np.full(resamples, np.nan)
+    for r in range(resamples):
+        drawn = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
+        if np.ptp(score[drawn]) and np.ptp(judged[drawn]):
+            samples[r] = kendalltau(score[drawn], judged[drawn], variant=variant).statistic
+    return {"value": float(kendalltau(score, judged, variant=variant).statistic), "interval": interval(samples)}
 
 
 def mean_with_interval(values: np.ndarray, rng: np.random.Generator, resamples: int = 1000) -> dict:

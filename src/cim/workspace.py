@@ -73,6 +73,7 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: in
     if jobs > 1:
         _check([*dvc, "gallery", "captioner"], folder)
         runs = [*(f"train@{run}" for run in params["runs"]["grpo"]), *(f"sft@{run}" for run in params["runs"]["sft"])]
+        # What starts from one of these is left to the last repro.
         with ThreadPoolExecutor(jobs) as pool:
             for done in [pool.submit(_repro_beside_others, stage, folder, jobs) for stage in runs]:
                 done.result()

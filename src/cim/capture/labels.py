@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cim.errors import CimError
+from cim.manifest import Manifest
 
 LONGEST = 20_000  # characters of a caption that are read; a reference has some 800 at most
 
@@ -27,6 +29,22 @@ class Labels:
     questions: Mapping[str, Mapping[str, str]]
     extra_objects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extra_attributes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+
+
+def labels_of(manifest: Manifest, name: str) -> Labels:
+    """The labels that a manifest's rows carry: captions as references, and what else its columns know."""
+    frame = manifest.frame
+    ids = frame["image_id"].tolist()
+
+    def column(key: str) -> dict[str, Any]:
+        if key not in frame:
+            return {}
+        return {i: json.loads(text) for i, text in zip(ids, frame[key], strict=True) if isinstance(text, str)}
+
+    asked = {i: {q["question"]: q["answer"] for q in questions} for i, questions in column("questions").items()}
+    objects = {i: tuple(words) for i, words in column("extra_objects").items()}
+    attributes = {i: {o: tuple(w) for o, w in of.items()} for i, of in column("extra_attributes").items()}
+    return Labels(name, dict(zip(ids, manifest.captions, strict=True)), asked, objects, attributes)
 
 
 @dataclass(frozen=True)

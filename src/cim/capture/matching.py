@@ -191,6 +191,25 @@ def score(sample: Sample, similarity: Similarity, mode: str) -> dict[str, float]
     return out
 
 
+def relations_recalled(sample: Sample, similarity: Similarity) -> list[tuple[str, float, float]]:
+    """Each relation that the reference states: the word for it, whether the caption states the same triple (1 or 0,
+    synonyms counted), and what strict mode credits."""
+    said, true = sample.candidate.relations, sample.reference.relations
+    if not said or not true:
+        return [(triple[1], 0.0, 0.0) for triple in true]
+    rows, columns, alike = _assigned(_strict_similarity(said, true, similarity, " ".join))
+    credit = dict(zip(columns.tolist(), alike.tolist(), strict=True))
+    counterpart = dict(zip(columns.tolist(), rows.tolist(), strict=True))
+    return [
+        (
+            triple[1],
+            float(j in counterpart and similarity.alike(said[counterpart[j]], triple, substrings=False)),
+            credit.get(j, 0.0),
+        )
+        for j, triple in enumerate(true)
+    ]
+
+
 def score_all(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None, mode: str) -> list[dict[str, float]]:
     """The scores of every sample; all their phrases are embedded once.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
+from cim.capture.evaluate import Captions
 from cim.capture.labels import Labels
 
 _HEAD = """<!doctype html>
@@ -21,18 +21,22 @@ tr { border-top: 1px solid #ddd } td { width: 45% } td:first-child { width: 10%;
 """
 
 
-def page(images: pd.DataFrame, captions: Mapping, labels: Labels, path: Path, shown: int = 20) -> None:
+def page(images: pd.DataFrame, captions: Captions, labels: Labels, path: Path, shown: int = 20) -> None:
     """Write an HTML page: of every method the captions of lowest and highest strict CAPTURE, beside the references."""
-    parts = [_HEAD, "<h1>The worst and the best captions</h1><p>By CAPTURE in strict mode.</p>"]
+    parts = [
+        _HEAD,
+        "<h1>The worst and the best captions</h1><p>By strict CAPTURE; of each method the first seed.</p>",
+    ]
     strict = images[images["mode"] == "strict"].dropna(subset="capture")
     for method, part in strict.groupby("method", sort=False):
-        ranked = part.sort_values("capture", kind="stable")
+        first = part["seed"].iloc[0]
+        ranked = part[part["seed"] == first].sort_values("capture", kind="stable")
         count = min(shown, len(ranked) // 2) or len(ranked)
         for title, rows in (("Worst", ranked.head(count)), ("Best", ranked.tail(count)[::-1])):
             parts.append(f"<h2>{title} of {escape(str(method))}</h2><table>")
             parts.append("<tr><th>image, CAPTURE<th>caption<th>reference")
             for row in rows.itertuples():
-                said = escape(captions[method][row.image]) or "<i>empty</i>"
+                said = escape(captions[method][first][row.image]) or "<i>empty</i>"
                 true = escape(labels.references[row.image])
                 parts.append(f"<tr><td>{escape(row.image)}<br>{row.capture:.3f}<td>{said}<td>{true}")
             parts.append("</table>")

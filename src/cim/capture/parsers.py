@@ -31,37 +31,85 @@ class Parser(Protocol):
 
 
 class FactualParser:
-    """The paper's parser: a T5 from the hub, all sentences of all captions in batches.
+    """The paper's parser: FACTUAL's T5 from the hub (Li et al. 2023), a sentence at a time, all of a run in batches.
+
+    Loaded by transformers itself, since its authors' package does not run with transformers 5. Sentences of like
+    length share a batch, and what is parsed does not depend on what else is in it.
 
     Raises:
-        CimError: where the package or the model is missing.
+        CimError: where the model cannot be had.
     """
 
     def __init__(self, wordnet: WordNet, checkpoint: str = FACTUAL, device: str = "cpu", batch: int = 64):
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+        from cim.models import why_not_loaded
+
         try:
-            from factual_scene_graph.parser.scene_graph_parser import SceneGraphParser
-        except ImportError as error:
-            raise CimError(f"parser factual: {error}; run 'pip install FactualSceneGraph'") from None
-        try:
-            self._parser = SceneGraphParser(checkpoint, device=device)
+            self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            self._model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).to(device).eval()
         except (OSError, ValueError) as error:
-            raise CimError(f"parser factual: '{checkpoint}' could not be loaded: {str(error)[:200]}") from None
+            raise CimError(f"parser factual: '{checkpoint}' could not be loaded: {why_not_loaded(error)}") from None
         self.name, self._wordnet, self._batch = f"factual:{checkpoint}", wordnet, batch
 
     def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
-        sentences = [sentences_of(caption) for caption in captions]
-        flat = [sentence for part in sentences for sentence in part]
-        parsed: list[dict] = []
-        for start in tqdm(range(0, len(flat), self._batch), desc="parsing", mininterval=2):
-            batch = flat[start : start + self._batch]
-            parsed += self._parser.parse(
-                batch, beam_size=5, return_text=False, max_output_len=128, batch_size=self._batch
+        parts = [sentences_of(caption) for caption in captions]
+        distinct = sorted({sentence for part in parts for sentence in part}, key=lambda text: (len(text), text))
+        parsed: dict[str, dict] = {}
+        for start in tqdm(range(0, len(distinct), self._batch), desc="parsing", mininterval=2):
+            batch = distinct[start : start + self._batch]
+            parsed |= zip(batch, map(read_facts, self._generate(batch)), strict=True)
+        return [merge([parsed[sentence] for sentence in part], self._wordnet) for part in parts]
+
+    def _generate(self, sentences: Sequence[str]) -> list[str]:
+        import torch
+
+        asked = [f"Generate Scene Graph: {sentence}" for sentence in sentences]
+        inputs = self._tokenizer(asked, max_length=64, truncation=True, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=inputs["input_ids"].to(self._model.device),
+                attention_mask=inputs["attention_mask"].to(self._model.device),
+                num_beams=5,
+                max_length=128,
+                early_stopping=True,
             )
-        out, at = [], 0
-        for part in sentences:
-            out.append(merge(parsed[at : at + len(part)], self._wordnet))
-            at += len(part)
-        return out
+        return self._tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def read_facts(text: str) -> dict:
+    """The entities and relations of FACTUAL's notation.
+
+    Facts are "( subject , relation , object )", attributes "( subject , is , attribute )"; a number is no
+    attribute, and one fact alone may name an object only. What was cut short is dropped.
+
+    >>> read_facts("( dog , is , black ) , ( dog , on , grass )")["relations"]
+    [{'subject': 0, 'relation': 'on', 'object': 1}]
+    """
+    whole = text.strip().endswith(")")
+    facts = [" ".join(fact.strip(" ()").split()) for fact in re.split(r"\)\s*,", text)]
+    if not whole:
+        facts = facts[:-1] if len(facts) > 1 else [facts[0].partition(",")[0].strip()]
+    facts = sorted({fact for fact in facts if fact})
+    entities: dict[str, set[str]] = {}
+    relations = []
+    for fact in facts:
+        parts = [part.strip() for part in fact.split(",")]
+        if len(parts) == 3:
+            subject, relation, other = parts
+            attributes = entities.setdefault(subject, set())
+            if relation != "is":
+                entities.setdefault(other, set())
+                relations.append((subject, relation, other))
+            elif not other.isdigit():
+                attributes.add(other)
+        elif len(facts) == 1:
+            entities.setdefault(parts[0], set())
+    at = {name: i for i, name in enumerate(entities)}
+    return {
+        "entities": [{"head": name, "attributes": words} for name, words in entities.items()],
+        "relations": [{"subject": at[s], "relation": r, "object": at[o]} for s, r, o in relations],
+    }
 
 
 def merge(sentences: Sequence[dict], wordnet: WordNet) -> SceneGraph:
@@ -177,6 +225,23 @@ class PatternParser:
             elif kind == "v":
                 between.append(word)
                 pending = []
+
+
+def load_parser(name: str, wordnet: WordNet | None, device: str = "cpu") -> Parser:
+    """pattern, factual or world.
+
+    Raises:
+        CimError: for another name, or where its parts are missing.
+    """
+    if name == "world":
+        from cim.world.graphs import WorldParser
+
+        return WorldParser()
+    if name not in ("pattern", "factual"):
+        raise CimError(f"parser '{name}' is not known; there are pattern, factual and world")
+    if wordnet is None:
+        raise CimError(f"parser {name}: it needs WordNet, also where synonyms are not wanted; run 'make wordnet'")
+    return FactualParser(wordnet, device=device) if name == "factual" else PatternParser(wordnet)
 
 
 def sentences_of(caption: str) -> list[str]:

@@ -129,11 +129,15 @@ class ServerReader:
 
 
 def load_reader(spec: str) -> Reader:
-    """`transformers:NAME` or `server:URL#MODEL`.
+    """`transformers:NAME`, `server:URL#MODEL`, or `world` for the small world's own.
 
     Raises:
         CimError: for another form, or where the model cannot be loaded.
     """
+    if spec == "world":
+        from cim.world.graphs import WorldReader
+
+        return WorldReader()
     kind, _, rest = spec.partition(":")
     if kind == "transformers" and rest:
         return TransformersReader(rest)

@@ -1,54 +1,30 @@
-"""What GRPO and SFT share: settings, the start and the end of a run, checkpoints, logging."""
+"""What GRPO and SFT share: the start and the end of a run, checkpoints, logging."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from cim.encoders import weights_digest
-from cim.generation import load_captioner
-from cim.manifest import Manifest, read_manifest
-from cim.runs import parse_run
-from cim.settings import group, require
+from cim.errors import CimError
+from cim.manifest import Manifest, open_image, read_manifest
+from cim.models import ModelSettings, check_prompts, fit, is_vision, load_model
+from cim.runs import parse_run, start_of
+from cim.settings import group
+from cim.train.card import write_card
+from cim.train.settings import TrainSettings
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The `train` group: GRPO's optimisation. Batches count images; each gets `group_size` captions."""
-
-    model: str
-    prompt: str
-    split: str
-    steps: int
-    images_per_step: int
-    group_size: int
-    lr: float
-    kl: float
-    temperature: float
-    max_completion: int
-    save_every: int
-    freeze_vision: bool = True
-    lora_rank: int = 0
-    lora_targets: str = "all-linear"
-    warn_distinct: float = 0.2
-
-    def __post_init__(self):
-        require(self.group_size >= 2, "group_size must be at least 2: an advantage compares captions of one image")
-        require(
-            min(self.steps, self.images_per_step, self.max_completion, self.save_every) >= 1, "counts must be positive"
-        )
-        require(
-            self.lr > 0 and self.temperature > 0 and self.kl >= 0,
-            "lr and temperature must be positive, kl not negative",
-        )
-        require(self.lora_rank >= 0, "lora_rank cannot be negative")
+COMPLETE = "complete"  # the last file of a checkpoint: a kill while it is written leaves none
 
 
 @dataclass(frozen=True)
@@ -56,7 +32,8 @@ class Job:
     """One run on its way: what it trains, on what, and where to.
 
     Attributes:
-        images: the training split.
+        images: the training split without what is held out.
+        validation: what is held out to choose a checkpoint by; empty where nothing is chosen.
         out: where the model goes.
         checkpoints: where a killed run is gone on from.
     """
@@ -65,7 +42,9 @@ class Job:
     method: str
     seed: int
     settings: TrainSettings
+    model_settings: ModelSettings
     images: Manifest
+    validation: Manifest
     model: torch.nn.Module
     processor: Any
     out: Path
@@ -76,13 +55,19 @@ class Job:
         """Read and check parameters and images, seed everything and load the base model."""
         method, seed = parse_run(run)
         settings = group(TrainSettings, params.get("train"), "train")
+        model_settings = start_of(run, group(ModelSettings, params.get("model"), "model"), artifacts)
+        check_integrations(settings.log_to)
         set_seed(seed)
-        images = read_manifest(artifacts / "dataset" / "manifest.parquet").split(settings.split)
-        model, processor = load_captioner(settings.model, device=torch.device("cpu"))
+        images, validation = training_images(artifacts, settings)
+        model, processor = load_model(model_settings, device=torch.device("cpu"))
+        check_prompts(processor, [open_image(path) for path in images.image_paths[:8]], model_settings)
         out = artifacts / "train" / run
         out.mkdir(parents=True, exist_ok=True)
+        # TensorBoard has no argument for it.
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(artifacts / "logs" / run))
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
-        return Job(run, method, seed, settings, images, model, processor, out, artifacts / "checkpoints" / run)
+        checkpoints = artifacts / "checkpoints" / run
+        return Job(run, method, seed, settings, model_settings, images, validation, model, processor, out, checkpoints)
 
     def resume_from(self, made_of: dict) -> str | None:
         """The checkpoint to go on from; checkpoints of other parameters, data or base models are deleted.
@@ -90,23 +75,42 @@ class Job:
         Args:
             made_of: what the run depends on besides its base model, as JSON values.
         """
-        return last_checkpoint(self.checkpoints, made_of | {"run": self.run, "model": weights_digest(self.model)})
+        model = {"weights": weights_digest(self.model), "settings": asdict(self.model_settings)}
+        return last_checkpoint(self.checkpoints, made_of | {"run": self.run, "model": model})
 
-    def trainer_arguments(self) -> dict:
-        """Logging, checkpoints and device, for either configuration."""
-        return {
+    def trainer_arguments(self, better: str) -> dict:
+        """Logging, checkpoints, precision and device, for either configuration.
+
+        Args:
+            better: the metric by which the best checkpoint is chosen where images are held out.
+        """
+        s = self.settings
+        arguments = {
             "output_dir": str(self.checkpoints),
             "seed": self.seed,
             "logging_steps": 1,
-            "save_steps": self.settings.save_every,
+            "save_steps": s.save_every,
             "save_total_limit": 2,
-            "report_to": "none",
+            "report_to": s.log_to or "none",
+            "run_name": self.run,
             "disable_tqdm": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
+            "bf16": s.bf16,
+            "gradient_checkpointing": s.gradient_checkpointing,
+            "optim": s.optimizer,
             "use_cpu": not torch.cuda.is_available(),
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
+        if s.gradient_checkpointing:
+            arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        if len(self.validation):
+            arguments |= {
+                "eval_strategy": "steps",
+                "eval_steps": s.save_every,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": better,
+                "greater_is_better": not better.endswith("loss"),
+            }
+        return arguments
 
     def trainer_parts(self) -> dict:
         """Model, processor, adapter and logging, for either trainer."""
@@ -114,19 +118,63 @@ class Job:
             "model": self.model,
             "processing_class": self.processor,
             "peft_config": lora(self.settings, self.model),
-            "callbacks": [StepLog(self.settings.warn_distinct)],
+            "callbacks": [StepLog(self.settings.warn_distinct), MarkComplete()],
         }
 
-    def finish(self, trainer, resume: str | None) -> None:
-        """Train, then save what evaluation needs and drop the checkpoints."""
+    def finish(self, trainer, resume: str | None, params: dict) -> None:
+        """Train, then save weights, processor, log and model card, and drop the checkpoints."""
         if resume:
             print(f"resuming from {resume}", flush=True)
         trainer.train(resume_from_checkpoint=resume)
+        if trainer.state.best_model_checkpoint:
+            print(f"kept: step {trainer.state.best_global_step}, the best on validation images", flush=True)
         trainer.save_model(str(self.out))
         if trainer.accelerator.is_main_process:
             self.processor.save_pretrained(self.out)
             (self.out / "log.json").write_text(json.dumps(trainer.state.log_history, indent=0))
+            if self.settings.lora_rank and self.settings.merge:
+                merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
+                merged.save_pretrained(self.out / "merged")
+                self.processor.save_pretrained(self.out / "merged")
+            write_card(self.out, self.run, self.model_settings, params, len(self.images), trainer.state)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest, Manifest]:
+    """The images to train on, and those of the same split that are held out for validation.
+
+    Raises:
+        CimError: where nothing would be left, or an image file is missing: before anything heavy starts.
+    """
+    split = read_manifest(artifacts / "dataset" / "manifest.parquet").split(settings.split)
+    if settings.validation >= len(split):
+        raise CimError(
+            f"parameters: train.validation={settings.validation} leaves none of the {len(split)} images "
+            f"of split '{settings.split}' to train on; lower it"
+        )
+    missing = [path for path in split.image_paths if not path.is_file()]
+    if missing:
+        raise CimError(
+            f"{missing[0]}: image not found, as {len(missing)} of {len(split)} of split '{settings.split}'; "
+            "restore the files or mend the manifest"
+        )
+    cut = len(split) - settings.validation
+    return split.take(range(cut)), split.take(range(cut, len(split)))
+
+
+def with_fitted_images(data: Dataset, column: str, max_pixels: int | None) -> Dataset:
+    """The data set, whose images are scaled down to max_pixels as they are read."""
+    if max_pixels is None:
+        return data
+
+    def fitted(rows: dict) -> dict:
+        rows[column] = [
+            [fit(i, max_pixels) for i in value] if isinstance(value, list) else fit(value, max_pixels)
+            for value in rows[column]
+        ]
+        return rows
+
+    return data.with_transform(fitted)
 
 
 class StepLog(TrainerCallback):
@@ -140,6 +188,10 @@ class StepLog(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         step = f"step {state.global_step}/{state.max_steps}"
+        if "eval_reward" in logs or "eval_loss" in logs:
+            name = "eval_reward" if "eval_reward" in logs else "eval_loss"
+            print(f"{step}  validation {name.removeprefix('eval_')} {logs[name]:.3f}", flush=True)
+            return
         if "variety/distinct" not in logs:
             if "loss" in logs:
                 print(f"{step}  loss {logs['loss']:.3f}", flush=True)
@@ -159,6 +211,14 @@ class StepLog(TrainerCallback):
             )
 
 
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint once all of it is written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
 def lora(settings: TrainSettings, model):
     """peft's configuration, or None for full fine-tuning; freezes the vision tower where asked."""
     if settings.lora_rank:
@@ -169,25 +229,40 @@ def lora(settings: TrainSettings, model):
             lora_alpha=2 * settings.lora_rank,
             target_modules=settings.lora_targets,
             # Frozen towers stay free of adapters too.
-            exclude_modules=r".*(vision_tower|visual|vision_model).*" if settings.freeze_vision else None,
+            exclude_modules=r"(.*\.)?(vision_tower|visual|vision_model)\..*" if settings.freeze_vision else None,
             task_type="CAUSAL_LM",
         )
     if settings.freeze_vision:
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("vision_tower", "visual.", "vision_model")):
+            if is_vision(name):
                 parameter.requires_grad = False
     return None
 
 
+def check_integrations(names: list[str]) -> None:
+    """Refuse an experiment tracker that is not installed before anything is loaded.
+
+    Raises:
+        CimError: naming it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise CimError(f"parameters: train.log_to names '{name}', which is not installed; run 'pip install {name}'")
+
+
 def last_checkpoint(folder: Path, made_of: dict) -> str | None:
-    """The checkpoint to go on from; checkpoints made of something else are deleted.
+    """The checkpoint to go on from; those made of something else, or cut short by a kill, are deleted.
 
     Args:
         made_of: everything that the run depends on, as JSON values.
     """
     mark = folder / "made_of.json"
+    made_of = json.loads(json.dumps(made_of))
     if folder.is_dir() and (not mark.is_file() or json.loads(mark.read_text()) != made_of):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(made_of))
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).is_file():
+            shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(folder))

@@ -1,0 +1,58 @@
+"""How a run is started: by accelerate, with its own choice of devices or a configuration file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cim.errors import CimError
+
+TOLD = ("step", "WARNING", "resuming", "error", "kept", "a rollout", "an update")
+
+
+def command(run: str, accelerate: str | None, devices: int) -> list[str]:
+    """The command line of a run.
+
+    Args:
+        accelerate: a configuration file of accelerate (conf/accelerate has some); None for all devices of this machine.
+        devices: GPUs of this machine; 0 for the CPU.
+
+    Raises:
+        CimError: where the file is not there.
+    """
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if accelerate is not None:
+        if not Path(accelerate).is_file():
+            raise CimError(f"parameters: train.accelerate: {accelerate}: not found")
+        launch += ["--config_file", accelerate]
+    else:
+        launch += ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += [] if devices else ["--cpu"]
+        launch += ["--multi_gpu"] if devices > 1 else []
+    return [*launch, "-m", "cim.train", "--run", run]
+
+
+def train(run: str, accelerate: str | None, devices: int) -> Iterator[str]:
+    """Start a run and yield the lines of its log that a person wants to see.
+
+    Raises:
+        CimError: with the run's own error, where it fails.
+    """
+    lines: list[str] = []
+    with subprocess.Popen(
+        command(run, accelerate, devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        for line in process.stdout:
+            lines = [*lines[-200:], line]
+            if line.startswith(TOLD):
+                yield line.rstrip("\n")
+    if process.returncode:
+        errors = [line.removeprefix("error: ").strip() for line in lines if line.startswith("error: ")]
+        if not errors:
+            yield from (line.rstrip("\n") for line in lines[-30:])
+        raise CimError(
+            errors[-1] if errors else f"training of {run} failed with status {process.returncode}; see the log above"
+        )

@@ -1,0 +1,167 @@
+"""CIM as a metric: people's judgements in the layouts that they are published in, on small files made here."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.io import savemat
+
+from cim import cli
+from cim.errors import CimError
+from cim.judgements import VOTES, agreement_with_people, find_images, load_judgements
+from cim.scorer import RewardSettings, Scorer
+from cim.statistics import kendall
+
+
+@pytest.fixture
+def pictures(tmp_path, world):
+    """Images of the small world under names that benchmarks use, and their captions."""
+    (tmp_path / "Images").mkdir()
+    test = world.split("test")
+    names = [f"{1000 + i}_abc.jpg" for i in range(len(test))]
+    for name, path in zip(names, test.image_paths, strict=True):
+        (tmp_path / "Images" / name).write_bytes(path.read_bytes())
+    return tmp_path, names, test.captions
+
+
+@pytest.fixture
+def scorer(gallery, encoders):
+    return Scorer(gallery, *encoders, RewardSettings())
+
+
+def expert_files(folder, names, captions):
+    """Every image with its own caption (left out), the next one's (grades 1, 2, 1) and the one after (2, 2, 3)."""
+    token = [f"{name}#{i}\t{caption}" for name, caption in zip(names, captions, strict=True) for i in range(2)]
+    (folder / "Flickr8k.token.txt").write_text("\n".join(token) + "\n")
+    lines = []
+    for i, name in enumerate(names):
+        lines.append(f"{name}\t{name}#0\t4\t4\t4")
+        lines.append(f"{name}\t{names[(i + 1) % len(names)]}#0\t1\t2\t1")
+        lines.append(f"{name}\t{names[(i + 2) % len(names)]}#1\t2\t2\t3")
+    (folder / "ExpertAnnotations.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_flickr8k_expert(pictures, scorer):
+    folder, names, captions = pictures
+    expert_files(folder, names, captions)
+    judged = load_judgements("flickr8k-expert", folder)
+    assert len(judged.rows) == 6 * len(names)
+    assert f"{len(names)} captions of the very image left out" in judged.told
+    metrics = agreement_with_people(judged, scorer, resamples=200)
+    assert set(metrics["scores"]) == {"grc", "qir", "cim", "words"}
+    for cells in metrics["scores"].values():
+        for cell in cells.values():
+            assert cell["interval"][0] <= cell["value"] <= cell["interval"][1]
+    # The figure is scipy's on the very rows.
+    scores = scorer.score(judged.rows["image"].tolist(), judged.rows["caption"].tolist())
+    expected = stats.kendalltau(scores["cim"], judged.rows["grade"], variant="c").statistic
+    assert metrics["scores"]["cim"]["tau-c"]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_composite(pictures, scorer):
+    folder, names, captions = pictures
+    for part, candidates in (("8k", 3), ("coco", 4)):
+        lines = [";".join(["HITId", *["x"] * 26, "Input.image", *["c"] * candidates, *["r"] * candidates])]
+        for i, name in enumerate(names):
+            said = [captions[(i + j) % len(names)] for j in range(candidates)]
+            grades = [str(5 - j) for j in range(candidates)]
+            lines.append(";".join(["1", *["x"] * 26, f"http://somewhere/{name}", *said, *grades]))
+        (folder / f"{part}_correctness.csv").write_text("\n".join(lines) + "\n")
+    judged = load_judgements("composite", folder)
+    assert len(judged.rows) == (3 + 4) * len(names)
+    assert "parts 8k, coco" in judged.told
+    assert agreement_with_people(judged, scorer, resamples=100)["rows"] == len(judged.rows)
+    (folder / "8k_correctness.csv").write_text(f"header\n1;http://x/{names[0]};one;two;three;5;four;3\n")
+    with pytest.raises(CimError, match=r"8k_correctness.csv:2: wants 3 captions"):
+        load_judgements("composite", folder)
+
+
+def pascal_files(folder, names, captions):
+    """Pairs in which the image's own caption wins (the second side in odd pairs), by all votes but two."""
+    pairs = np.zeros(len(names), dtype=[("image", object), ("sent_1", object), ("sent_2", object)])
+    fields = [("A", object), ("B", object), ("C", object), ("winner", object)]
+    triplets = np.zeros(len(names) * VOTES, dtype=fields)
+    for i, name in enumerate(names):
+        sides = [captions[i], captions[(i + 3) % len(names)]][:: -1 if i % 2 else 1]
+        pairs[i] = (name, *sides)
+        for j in range(VOTES):
+            best = 2 if i % 2 else 1
+            winner = best if j > 1 else 3 - best
+            # Sentences lie in cells of their own there, winners in matrices: 1 is the first, -1 the second.
+            cells = [np.array([[text]], object) for text in ("a reference", *sides)]
+            triplets[i * VOTES + j] = (*cells, np.array([[1 if winner == 1 else -1]]))
+    savemat(folder / "pair_pascal.mat", {"new_input": pairs, "category": np.arange(len(names)) % 4 + 1})
+    savemat(folder / "consensus_pascal.mat", {"triplets": triplets})
+
+
+def test_pascal50s(pictures, scorer):
+    folder, names, captions = pictures
+    pascal_files(folder, names, captions)
+    judged = load_judgements("pascal50s", folder)
+    assert judged.paired
+    assert len(judged.rows) == 2 * len(names)
+    first = judged.rows[judged.rows["side"] == 0]
+    assert first["preferred"].tolist() == [i % 2 for i in range(len(names))]
+    metrics = agreement_with_people(judged, scorer, resamples=100)["scores"]
+    assert set(metrics["qir"]) == {"HC", "HI", "HM", "MM", "mean"}
+    # Each category by hand.
+    scores = scorer.score(judged.rows["image"].tolist(), judged.rows["caption"].tolist())["qir"].to_numpy()
+    ahead = scores[1::2] - scores[0::2]
+    right = np.where(np.arange(len(names)) % 2, ahead > 0, ahead < 0)
+    assert metrics["qir"]["HI"]["value"] == pytest.approx(right[1::4].mean())
+    assert metrics["qir"]["mean"]["value"] == pytest.approx(np.mean([right[c::4].mean() for c in range(4)]))
+
+
+def test_what_is_missing_is_named(pictures):
+    folder, names, captions = pictures
+    with pytest.raises(CimError, match="is not known; there are"):
+        load_judgements("nocaps", folder)
+    with pytest.raises(CimError, match=r"Flickr8k.token.txt: not found"):
+        load_judgements("flickr8k-expert", folder)
+    with pytest.raises(CimError, match="no grades in"):
+        load_judgements("composite", folder)
+    with pytest.raises(CimError, match=r"pair_pascal.mat: not found"):
+        load_judgements("pascal50s", folder)
+    expert_files(folder, names, captions)
+    (folder / "Images" / names[0]).unlink()
+    with pytest.raises(CimError, match=f"1 of {len(names)} images are not there, '{names[0]}'"):
+        load_judgements("flickr8k-expert", folder)
+    (folder / "ExpertAnnotations.txt").write_text("one line\n")
+    with pytest.raises(CimError, match=r"ExpertAnnotations.txt:1"):
+        load_judgements("flickr8k-expert", folder)
+    savemat(folder / "pair_pascal.mat", {"other": 1})
+    savemat(folder / "consensus_pascal.mat", {"triplets": 1})
+    with pytest.raises(CimError, match="not in Pascal-50S's layout"):
+        load_judgements("pascal50s", folder)
+
+
+def test_judge_from_the_command_line(pictures, gallery, capsys):
+    folder, names, captions = pictures
+    expert_files(folder, names, captions)
+    out = folder / "judged.json"
+    cli.main(
+        ["judge", "--benchmark", "flickr8k-expert", "--data", str(folder), "--gallery", str(gallery.folder),
+         "--out", str(out), "--resamples", "50"]
+    )  # fmt: skip
+    assert set(json.loads(out.read_text())["scores"]) == {"grc", "qir", "cim", "words"}
+    assert "cim: tau-c" in capsys.readouterr().out
+
+
+def test_kendall_knows_its_interval(rng):
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    images = np.repeat(np.arange(100), 4)
+    tau = kendall(x, y, images, rng, 300)
+    assert tau["value"] == pytest.approx(stats.kendalltau(x, y).statistic)
+    low, high = tau["interval"]
+    assert low < tau["value"] < high
+    assert high - low < 0.15
+    assert np.isnan(kendall(np.ones(400), y, images, rng, 10)["value"])
+
+
+def test_images_are_found_by_name_in_any_folder(pictures):
+    folder, names, _ = pictures
+    assert (
+        find_images(folder, [names[0], names[1].removesuffix(".jpg")])[names[1].removesuffix(".jpg")].name == names[1]
+    )
