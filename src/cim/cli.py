@@ -1,4 +1,4 @@
-"""The command line: `cim data`, `run`, `params`, `pipeline`, `train`, `gallery`, `score`, `evaluate`, `judge`."""
+"""The command line, `cim`: the pipeline's stages, galleries, scores and evaluation of anybody's captions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cim import cli_evaluate, cli_gallery, cli_train, stages
+    from cim import cli_download, cli_evaluate, cli_gallery, cli_train, stages
 
     parser = argparse.ArgumentParser(prog="cim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     cli_gallery.add_commands(commands)
     cli_evaluate.add_command(commands)
     cli_train.add_command(commands)
+    cli_download.add_command(commands)
     arguments = parser.parse_args(argv)
 
     with one_line_errors():

@@ -24,9 +24,11 @@ def _train(arguments: argparse.Namespace) -> None:
     params = read_params(Path("params.yaml"))
     devices = torch.cuda.device_count()
     if arguments.plan:
+        from cim.train.launch import configuration
         from cim.train.plan import plan
 
-        processes = arguments.processes or max(1, devices)
+        told = configuration(params["train"].get("accelerate")).get("num_processes")
+        processes = arguments.processes or told or max(1, devices)
         print("\n".join(plan(arguments.run, params, stages.ARTIFACTS, processes)))
         return
     from cim.train.launch import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cim.errors import CimError
+from cim.layouts import flickr8k, oxford_pet, sc_captioner
 from cim.manifest import COLUMNS, EXTENDED, write_manifest
 from cim.settings import require
 from cim.world.graphs import extended_lists
@@ -24,7 +23,13 @@ from cim.world.scenes import compose_splits
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """The `dataset` group. `folder` is the raw data: sprites for the world, a data set's own layout else."""
+    """The `dataset` group.
+
+    Attributes:
+        folder: the raw data: sprites for the world, a data set's own layout else.
+        images: where a published data set's images are, if not in `folder`.
+        train, test: how many images; for published data the first or a random choice of so many, 0 for all.
+    """
 
     source: str
     folder: str
@@ -36,6 +41,7 @@ class DatasetSettings:
     max_objects: int = 3
     looks: int = 2
     gallery_variants: int = 4
+    images: str | None = None
 
     def __post_init__(self):
         require(self.source in SOURCES, f"source '{self.source}' is not known; there are {', '.join(SOURCES)}")
@@ -92,40 +98,4 @@ def world(settings: DatasetSettings, out: Path) -> None:
     write_manifest(pd.DataFrame(rows, columns=[*COLUMNS, *EXTENDED]), out / "manifest.parquet")
 
 
-def flickr8k(settings: DatasetSettings, out: Path) -> None:
-    """Flickr8k's own layout: Images/ and captions.txt with the header "image,caption".
-
-    The first caption of each photo is its gallery caption; the others are kept as a JSON list in an
-    extra column, `queries`, for the correlation study.
-    """
-    folder = Path(settings.folder).expanduser().resolve()
-    listing = folder / "captions.txt"
-    if not listing.is_file():
-        raise CimError(f"{listing}: not found; DATA should be a folder in Flickr8k's layout (Images/, captions.txt)")
-    captions: dict[str, list[str]] = {}
-    with listing.open(newline="", encoding="utf-8") as lines:
-        reader = csv.reader(lines)
-        if next(reader, None) != ["image", "caption"]:
-            raise CimError(f"{listing}: the first line should be 'image,caption'")
-        for number, row in enumerate(reader, start=2):
-            if not row:
-                continue
-            if len(row) < 2 or not row[0].strip():
-                raise CimError(f"{listing}: line {number} should be 'image,caption'")
-            if caption := ",".join(row[1:]).strip():
-                captions.setdefault(row[0].strip(), []).append(caption)
-    there = {image: texts for image, texts in captions.items() if (folder / "Images" / image).is_file()}
-    if not there:
-        raise CimError(f"{folder / 'Images'}: none of the {len(captions)} photos that {listing.name} names is there")
-    if len(there) < len(captions):
-        print(
-            f"dataset: {len(captions) - len(there)} of {len(captions)} photos are not in {folder / 'Images'}; left out"
-        )
-    rows = [
-        (Path(image).stem, f"Images/{image}", texts[0], "gallery", "flickr8k", -1, None, None, json.dumps(texts[1:]))
-        for image, texts in there.items()
-    ]
-    write_manifest(pd.DataFrame(rows, columns=[*COLUMNS, "queries"]), out / "manifest.parquet", image_root=folder)
-
-
-SOURCES = {"world": world, "flickr8k": flickr8k}
+SOURCES = {"world": world, "flickr8k": flickr8k, "sc_captioner": sc_captioner, "oxford_pet": oxford_pet}

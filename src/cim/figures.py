@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from cim.evaluation import LABELS
-from cim.manifest import open_image
+from cim.sources import open_stored
 
 SCORE_LABELS = {
     "grc": "GRC",
@@ -223,7 +223,7 @@ def images_figure(rows: list[tuple[Path, str]], columns: int = 4, width: int = 4
     n = -(-len(rows) // columns)
     figure, axes = plt.subplots(n, columns, figsize=(3.1 * columns, 3.6 * n), squeeze=False)
     for ax, (path, text) in zip(axes.flat, rows, strict=False):
-        ax.imshow(open_image(path))
+        ax.imshow(open_stored(str(path)))
         wrapped = "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
         ax.set_title(wrapped, fontsize=7.5, y=-0.03, va="top", loc="left")
     for ax in axes.flat:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class GallerySettings:
         shard_rows: rows embedded between two checkpoints.
         max_skipped: the share of unreadable images and empty captions that may be left out; with 0 the first
             one is an error.
+        shards: more captioned images, in files or folders that cim.sources reads.
+        image_root: what the paths in the shards are relative to, if not to their own folder.
     """
 
     splits: list[str]
@@ -47,6 +49,8 @@ class GallerySettings:
     recall: float = 0.99
     shard_rows: int = 10_000
     max_skipped: float = 0.0
+    shards: list[str] = field(default_factory=list)
+    image_root: str | None = None
 
     def __post_init__(self):
         require(bool(self.splits), "splits must name at least one split")

@@ -43,7 +43,7 @@ from cim.index import (
 )
 from cim.manifest import Manifest
 from cim.processes import processes
-from cim.sources import Record, Shard, shards_of_manifest
+from cim.sources import Record, Shard, shards_of, shards_of_manifest
 
 SKIPPED = "skipped.jsonl"
 
@@ -58,7 +58,7 @@ def build_gallery(
     """Embed a source and write the gallery; return its gallery.json.
 
     Args:
-        source: a manifest, whose splits the settings choose, or shards by cim.sources.shards_of.
+        source: a manifest, whose splits the settings choose and add shards to, or shards by cim.sources.shards_of.
 
     Raises:
         CimError: for images and captions that cannot be used, naming the first, where they are more than
@@ -67,6 +67,9 @@ def build_gallery(
     shards = source
     if isinstance(source, Manifest):
         shards = shards_of_manifest(source.split(*settings.splits), settings.shard_rows)
+        if settings.shards:
+            root = Path(settings.image_root) if settings.image_root else None
+            shards = [*shards, *shards_of([Path(p) for p in settings.shards], settings.shard_rows, root)]
     folder = Path(folder)
     _recover(folder)
     parts = _embed(shards, settings, text_encoder, image_encoder, folder, base=None)

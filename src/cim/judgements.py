@@ -20,10 +20,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cim.errors import CimError
+from cim.layouts import images_by_name
 from cim.scorer import Scorer
 from cim.statistics import interval, kendall, resample_weights
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CATEGORIES = {1: "HC", 2: "HI", 3: "HM", 4: "MM"}  # human correct, human incorrect, human-machine, machine-machine
 VOTES = 48  # a pair of Pascal-50S is judged against each of 48 references
 
@@ -160,11 +160,7 @@ def find_images(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     Raises:
         CimError: naming the first that is not there, and how many.
     """
-    there: dict[str, Path] = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            there.setdefault(path.name, path)
-            there.setdefault(path.stem, path)
+    there = images_by_name(folder)
     wanted = list(dict.fromkeys(names))
     found = {name: there.get(name) or there.get(Path(name).stem) for name in wanted}
     if missing := [name for name, path in found.items() if path is None]:

@@ -175,6 +175,8 @@ def parse_line(line: bytes | str, where: str) -> dict:
         row = json.loads(line)
     except ValueError as error:
         raise CimError(f"{where}: not JSON ({error})") from None
+    if isinstance(row, dict) and "image_path" in row:  # as DenseFusion-1M has it
+        row.setdefault("image", row["image_path"])
     if not isinstance(row, dict) or "image" not in row or "caption" not in row:
         raise CimError(f'{where}: should be {{"image": path, "caption": text}}')
     return row

@@ -57,6 +57,7 @@ class Job:
         settings = group(TrainSettings, params.get("train"), "train")
         model_settings = start_of(run, group(ModelSettings, params.get("model"), "model"), artifacts)
         check_integrations(settings.log_to)
+        check_precision(settings, model_settings, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
         set_seed(seed)
         images, validation = training_images(artifacts, settings)
         model, processor = load_model(model_settings, device=torch.device("cpu"))
@@ -160,6 +161,22 @@ def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest,
         )
     cut = len(split) - settings.validation
     return split.take(range(cut)), split.take(range(cut, len(split)))
+
+
+def check_precision(settings: TrainSettings, model: ModelSettings, deepspeed: bool) -> None:
+    """Refuse to update 16-bit weights themselves: a step of 1e-6 is lost in their rounding.
+
+    LoRA's own weights are float32, and DeepSpeed keeps float32 copies.
+
+    Raises:
+        CimError: saying what to choose instead.
+    """
+    if model.dtype != "float32" and not settings.lora_rank and not deepspeed:
+        raise CimError(
+            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} would be "
+            "rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
+            "configuration (train.accelerate=conf/accelerate/zero3.yaml)"
+        )
 
 
 def with_fitted_images(data: Dataset, column: str, max_pixels: int | None) -> Dataset:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from cim.errors import CimError
 
 TOLD = ("step", "WARNING", "resuming", "error", "kept", "a rollout", "an update")
@@ -24,8 +26,7 @@ def command(run: str, accelerate: str | None, devices: int) -> list[str]:
     """
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if accelerate is not None:
-        if not Path(accelerate).is_file():
-            raise CimError(f"parameters: train.accelerate: {accelerate}: not found")
+        configuration(accelerate)
         launch += ["--config_file", accelerate]
     else:
         launch += ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
@@ -33,6 +34,20 @@ def command(run: str, accelerate: str | None, devices: int) -> list[str]:
         launch += [] if devices else ["--cpu"]
         launch += ["--multi_gpu"] if devices > 1 else []
     return [*launch, "-m", "cim.train", "--run", run]
+
+
+def configuration(accelerate: str | None) -> dict:
+    """What a configuration file of accelerate says; nothing for None.
+
+    Raises:
+        CimError: where it is not there or not YAML.
+    """
+    if accelerate is None:
+        return {}
+    try:
+        return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CimError(f"parameters: train.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
 def train(run: str, accelerate: str | None, devices: int) -> Iterator[str]:

@@ -20,7 +20,8 @@ from cim.manifest import Manifest, open_image
 from cim.models import DTYPES, ModelSettings, check_prompts, load_processor, skeleton, why_not_loaded
 from cim.runs import SFT_METHODS, parse_run, start_of
 from cim.settings import group
-from cim.train.common import check_integrations, lora, training_images
+from cim.train.common import check_integrations, check_precision, lora, training_images
+from cim.train.launch import configuration
 from cim.train.settings import Batches, TrainSettings, batches
 
 GIB = 2**30
@@ -65,6 +66,8 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
     settings = group(TrainSettings, params.get("train"), "train")
     model = start_of(run, group(ModelSettings, params.get("model"), "model"), artifacts)
     check_integrations(settings.log_to)
+    kind = str(configuration(settings.accelerate).get("distributed_type", "NO"))
+    check_precision(settings, model, kind == "DEEPSPEED")
     images, validation = training_images(artifacts, settings)
     prompt, size = _prompt_tokens(model, images), model_size(model, settings)
     device = device or this_device(DTYPES[model.dtype])
@@ -86,7 +89,7 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
             f"accumulated; {total} updates"
         )
         tokens = prompt + settings.max_completion
-        need = memory(size, model, settings, per_device, tokens, reference=False, processes=processes)
+        need = memory(size, model, settings, per_device, tokens, reference=False, processes=processes, kind=kind)
         seconds = total * sft.batch_size / processes * tokens * _update_flops(size, settings) / _speed(device)
     else:
         cut = batches(settings, len(images), processes)
@@ -94,7 +97,7 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
         lines += cut.lines(settings, len(images), processes)
         tokens = prompt + settings.max_completion
         reference = settings.kl > 0 and not settings.lora_rank
-        need = memory(size, model, settings, cut.per_device, tokens, reference, processes)
+        need = memory(size, model, settings, cut.per_device, tokens, reference, processes, kind)
         seconds = _grpo_seconds(size, model, settings, cut, prompt, processes, device)
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in need.items())
     total_need = sum(need.values()) * OVERHEAD
@@ -134,19 +137,25 @@ def memory(
     tokens: int,
     reference: bool,
     processes: int,
+    kind: str = "NO",
 ) -> dict[str, float]:
-    """Bytes on one device, by what they hold."""
+    """Bytes on one device, by what they hold.
+
+    Args:
+        kind: accelerate's distributed_type.
+    """
     each = DTYPES[model.dtype].itemsize
     # FSDP and ZeRO-3 cut weights, gradients and states; data parallelism copies them.
-    shared = processes if settings.accelerate and any(k in settings.accelerate for k in ("fsdp", "zero3")) else 1
-    state = 1 if "8bit" in settings.optimizer else each
+    shared = processes if kind in ("FSDP", "DEEPSPEED") else 1
+    # Two moments in float32, and DeepSpeed's copy of 16-bit weights.
+    state = (2 if "8bit" in settings.optimizer else 8) + (4 if kind == "DEEPSPEED" and each == 2 else 0)
     computed = 2 if settings.bf16 or model.dtype != "float32" else 4
     kept = 2 if settings.gradient_checkpointing else 34  # activations of a layer, in widths of the hidden state
     return {
         "weights": size.total * each / shared,
         "reference": size.total * each / shared if reference else 0.0,
         "gradients": size.trained * each / shared,
-        "optimizer": size.trained * 2 * state / shared,
+        "optimizer": size.trained * state / shared,
         "activations": per_device * tokens * size.hidden * size.layers * kept * computed,
         # Logits of the completion in float32, and their gradient.
         "logits": 2.0 * per_device * settings.max_completion * size.vocabulary * 4,

