@@ -24,6 +24,7 @@ from cim.runs import all_runs
 from cim.settings import group
 from cim.stages import notebook_parameters
 from cim.train import grpo, sft
+from cim.train.common import restore
 from cim.train.settings import TrainSettings, batches
 from cim.workspace import compose, dump
 from conftest import ROOT
@@ -60,7 +61,10 @@ def published(tmp_path_factory, world):
     (labels / "train_coco6k_sft.json").write_text(
         json.dumps(llama_factory([(f"coco/train2017/{name}", caption) for name, caption in train]))
     )
-    for name, ids in (("cocoln500", [f"{n:012d}" for n in range(100, 104)]), ("docci500", [f"test_{n:05d}" for n in range(3)])):
+    for name, ids in (
+        ("cocoln500", [f"{n:012d}" for n in range(100, 104)]),
+        ("docci500", [f"test_{n:05d}" for n in range(3)]),
+    ):
         test = put([f"{i}.jpg" for i in ids], name)
         (labels / f"test_{name}.json").write_text(json.dumps(llama_factory(test)))
         (data / name).mkdir()
@@ -68,8 +72,12 @@ def published(tmp_path_factory, world):
         asked = {Path(i).stem: {"Is there an object?": "Yes", "Is it empty?": "No"} for i, _ in test}
         (data / name / "questions.json").write_text(json.dumps(asked))
         if name == "cocoln500":
-            (data / name / "extra_objects.jsonl").write_text("".join(json.dumps({Path(i).stem: ["sky"]}) + "\n" for i, _ in test))
-            (data / name / "extra_attributes.json").write_text(json.dumps({Path(i).stem: {"sky": ["blue"]} for i, _ in test}))
+            (data / name / "extra_objects.jsonl").write_text(
+                "".join(json.dumps({Path(i).stem: ["sky"]}) + "\n" for i, _ in test)
+            )
+            (data / name / "extra_attributes.json").write_text(
+                json.dumps({Path(i).stem: {"sky": ["blue"]} for i, _ in test})
+            )
     dense = put([f"laion_{n}.jpg" for n in range(20)], "densefusion/images")
     (folder / "densefusion" / "DenseFusion-1M").mkdir()
     rows = [json.dumps({"image_path": name, "caption": caption}) for name, caption in dense]
@@ -152,14 +160,23 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, publ
     changed = moved(base, base.at(trained))
     assert any("visual" in name or "vision" in name for name in changed)  # all weights are trained, as published
     log = json.loads((trained / "log.json").read_text())
-    assert [row["step"] for row in log if "reward" in row] == [1, 2]
-    assert all(np.isfinite(row["reward"]) and np.isfinite(row["loss"]) for row in log if "reward" in row)
+    assert [row["step"] for row in log if "reward" in row] == [1]  # two updates on the captions of one rollout
+    assert all(np.isfinite(row["reward"]) for row in log if "reward" in row)
+    assert all(np.isfinite(row["loss"]) for row in log if "loss" in row)
     assert [row["step"] for row in log if "eval_reward" in row] == [1, 2]
     assert "GRPO" in (trained / "README.md").read_text()
     start = json.loads((artifacts / "train" / "cim_on_sft-0" / "config.json").read_text())
     assert start["architectures"] == json.loads((standin / "config.json").read_text())["architectures"]
 
-    with_lora = paper(published, encoder_folder, standin, "train.lora_rank=4", "train.merge=true", "train.steps=1", "train.freeze_vision=true")
+    with_lora = paper(
+        published,
+        encoder_folder,
+        standin,
+        "train.lora_rank=4",
+        "train.merge=true",
+        "train.steps=1",
+        "train.freeze_vision=true",
+    )
     grpo.train("cim-1", with_lora, artifacts)
     adapter = artifacts / "train" / "cim-1"
     assert (adapter / "adapter_config.json").is_file()
@@ -171,7 +188,9 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, publ
     assert moved(base, base.at(artifacts / "train" / "sft-1"))
 
     captions = workspace / "captions"
-    caption_runs(base, group(CaptionSettings, params["captions"], "captions"), all_runs(params["runs"]), artifacts, captions)
+    caption_runs(
+        base, group(CaptionSettings, params["captions"], "captions"), all_runs(params["runs"]), artifacts, captions
+    )
     manifest = read_manifest(artifacts / "dataset" / "manifest.parquet")
     settings = group(evaluation.EvaluateSettings, params["evaluate"], "evaluate")
     for split in settings.splits:
@@ -180,6 +199,20 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, publ
         judged = evaluation.capture(settings, manifest.split(split), split, said, artifacts / "gallery")
         assert judged.metrics["images"] == len(manifest.split(split))
         assert {"capture", "grc", "qir", "cim"} <= set(judged.metrics["methods"]["cim_on_sft"]["strict"])
+
+
+def test_a_checkpoint_is_restored_under_whatever_names_it_has(standin, tmp_path):
+    """Trainer's own loading does this silently wrong for some of these classes."""
+    settings = ModelSettings(name=str(standin), prompt="x")
+    trained, _ = load_model(settings, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    trained.save_pretrained(tmp_path / "checkpoint")
+    fresh, _ = load_model(settings, torch.device("cpu"))
+    restore(fresh, tmp_path / "checkpoint")
+    state = trained.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
 
 
 def test_captions_do_not_depend_on_their_batch(standin, prepared):
@@ -195,7 +228,9 @@ def test_the_pixel_budget_is_the_settings(standin):
     image = Image.new("RGB", (640, 320), "red")
     _, processor = load_model(ModelSettings(name=str(standin), prompt="x"), torch.device("cpu"))
     tokens = [
-        prompt_inputs(processor, [image], ModelSettings(name=str(standin), prompt="x", max_pixels=pixels))["input_ids"].shape[1]
+        prompt_inputs(processor, [image], ModelSettings(name=str(standin), prompt="x", max_pixels=pixels))[
+            "input_ids"
+        ].shape[1]
         for pixels in (None, 3000)
     ]
     assert tokens[1] <= tokens[0]

@@ -107,7 +107,8 @@ class Job:
             arguments |= {
                 "eval_strategy": "steps",
                 "eval_steps": s.save_every,
-                "load_best_model_at_end": True,
+                # Plain weights are restored by `finish`; what DeepSpeed and FSDP cut, Trainer must join.
+                "load_best_model_at_end": in_parts(),
                 "metric_for_best_model": better,
                 "greater_is_better": not better.endswith("loss"),
             }
@@ -124,11 +125,19 @@ class Job:
 
     def finish(self, trainer, resume: str | None, params: dict) -> None:
         """Train, then save weights, processor, log and model card, and drop the checkpoints."""
+        plain = not in_parts() and not self.settings.lora_rank
         if resume:
             print(f"resuming from {resume}", flush=True)
+            if plain:
+                restore(self.model, Path(resume))
+                trainer._load_from_checkpoint = lambda *args, **kwargs: None
         trainer.train(resume_from_checkpoint=resume)
-        if trainer.state.best_model_checkpoint:
+        if best := trainer.state.best_model_checkpoint:
             print(f"kept: step {trainer.state.best_global_step}, the best on validation images", flush=True)
+            if plain:
+                restore(self.model, Path(best))
+            elif not in_parts():
+                trainer._load_best_model()
         trainer.save_model(str(self.out))
         if trainer.accelerator.is_main_process:
             self.processor.save_pretrained(self.out)
@@ -173,10 +182,33 @@ def check_precision(settings: TrainSettings, model: ModelSettings, deepspeed: bo
     """
     if model.dtype != "float32" and not settings.lora_rank and not deepspeed:
         raise CimError(
-            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} would be "
-            "rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
+            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} would "
+            "be rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
             "configuration (train.accelerate=conf/accelerate/zero3.yaml)"
         )
+
+
+def in_parts() -> bool:
+    """Whether DeepSpeed or FSDP holds the weights in parts, as accelerate tells its processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("DEEPSPEED", "FSDP"))
+
+
+def restore(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into the model.
+
+    Trainer itself (transformers 5) compares the names in the file with those in memory, which differ for models whose
+    hub names are older than their code, Qwen2.5-VL among them: it loads nothing and goes on. from_pretrained knows both.
+
+    Raises:
+        CimError: where a weight is missing.
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    try:
+        model.load_state_dict(saved, strict=True)
+    except RuntimeError as error:
+        raise CimError(
+            f"{checkpoint}: its weights are not this model's ({' '.join(str(error).split())[:150]})"
+        ) from None
 
 
 def with_fitted_images(data: Dataset, column: str, max_pixels: int | None) -> Dataset:
