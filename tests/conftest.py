@@ -1,6 +1,8 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -9,9 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+PROMPT = "describe the image."
 
 
 @pytest.fixture
@@ -82,9 +86,37 @@ def captioner_folder(tmp_path_factory, world, encoder_folder):
     from cim.captioner import CaptionerSettings, train_captioner
 
     settings = CaptionerSettings(
-        prompt="describe the image.", hidden_size=32, layers=1, heads=2, seed=0, batch_size=16, fact_steps=60,
+        prompt=PROMPT, hidden_size=32, layers=1, heads=2, seed=0, batch_size=16, fact_steps=60,
         style_steps=2, lr=1e-2, style_lr=1e-4, lazy={"name": 0.5, "relation": 0.5},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("captioner") / "captioner"
     train_captioner(world.split("pretrain"), encoder_folder, settings, folder)
     return folder
+
+
+@pytest.fixture
+def workspace(tmp_path, world, gallery, encoder_folder, captioner_folder, monkeypatch):
+    """A folder with everything that training reads, and a params.yaml for a moment's training."""
+    artifacts = tmp_path / "artifacts"
+    (artifacts / "dataset").parent.mkdir(parents=True)
+    for name, folder in (
+        ("dataset", world.image_root), ("gallery", gallery.folder), ("encoder", encoder_folder), ("captioner", captioner_folder),
+    ):  # fmt: skip
+        (artifacts / name).symlink_to(folder, target_is_directory=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["encoders"]["image"] = f"open_clip:local-dir:{encoder_folder}"
+    params["train"] |= {"steps": 4, "images_per_step": 4, "max_completion": 24, "save_every": 2}
+    params["sft"] |= {"steps": 3, "batch_size": 4}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(workspace, run, **changes):
+    params = yaml.safe_load((workspace / "params.yaml").read_text())
+    for key, value in changes.items():
+        params["train"][key] = value
+    (workspace / "params.yaml").write_text(yaml.safe_dump(params))
+    return subprocess.run(
+        [sys.executable, "-m", "cim.train", "--run", run], cwd=workspace, capture_output=True, text=True
+    )

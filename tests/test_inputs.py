@@ -161,7 +161,7 @@ def test_a_failing_notebook_stage_fails_in_one_line_and_keeps_its_report(tmp_pat
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     message = only_error(cim("run", "gallery", cwd=tmp_path))
-    assert "no OpenCLIP model there" in message
+    assert "manifest not found" in message
     assert "reports/gallery.failed.ipynb" in message
     assert (tmp_path / "reports" / "gallery.failed.ipynb").is_file()
     assert not (tmp_path / "reports" / "gallery.ipynb").exists()

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,40 +24,11 @@ from cim.train.grpo import grpo_dataset, trim_samples
 from cim.train.sft import SftSettings, sft_captions
 from cim.world.language import BACKGROUND_PHRASES, describe
 from cim.world.scenes import random_scene
-
-PROMPT = "describe the image."
+from conftest import PROMPT, train
 
 
 def at(folder) -> ModelSettings:
     return ModelSettings(name=str(folder), prompt=PROMPT)
-
-
-@pytest.fixture
-def workspace(tmp_path, world, gallery, encoder_folder, captioner_folder, monkeypatch):
-    """A folder with everything that training reads, and a params.yaml for a moment's training."""
-    artifacts = tmp_path / "artifacts"
-    (artifacts / "dataset").parent.mkdir(parents=True)
-    for name, folder in (
-        ("dataset", world.image_root), ("gallery", gallery.folder), ("encoder", encoder_folder), ("captioner", captioner_folder),
-    ):  # fmt: skip
-        (artifacts / name).symlink_to(folder, target_is_directory=True)
-    params = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
-    params["encoders"]["image"] = f"open_clip:local-dir:{encoder_folder}"
-    params["train"] |= {"steps": 4, "images_per_step": 4, "max_completion": 24, "save_every": 2}
-    params["sft"] |= {"steps": 3, "batch_size": 4}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def train(workspace, run, **changes):
-    params = yaml.safe_load((workspace / "params.yaml").read_text())
-    for key, value in changes.items():
-        params["train"][key] = value
-    (workspace / "params.yaml").write_text(yaml.safe_dump(params))
-    return subprocess.run(
-        [sys.executable, "-m", "cim.train", "--run", run], cwd=workspace, capture_output=True, text=True
-    )
 
 
 def weights(folder):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import chdir
@@ -11,22 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import standins
 from cim import evaluation
-from cim.errors import CimError
 from cim.generation import CaptionSettings, caption_images, caption_runs
 from cim.manifest import read_manifest
 from cim.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
 from cim.runs import all_runs
 from cim.settings import group
-from cim.stages import notebook_parameters
 from cim.train import grpo, sft
 from cim.train.common import restore
-from cim.train.settings import TrainSettings, batches
-from cim.workspace import compose, dump
+from cim.workspace import compose, prepare
 from conftest import ROOT
 
 
@@ -243,3 +238,24 @@ def test_the_skeleton_counts_what_the_weights_are(standin):
     model, _ = load_model(settings, torch.device("cpu"))
     assert sum(p.numel() for p in skeleton(settings).parameters()) == sum(p.numel() for p in model.parameters())
     assert next(skeleton(settings).parameters()).device.type == "meta"
+
+
+@pytest.mark.timeout(900)
+def test_the_papers_profile_through_dvc(published, encoder_folder, tmp_path):
+    """Every stage and notebook of the paper's profile, as `dvc exp run -S profile=paper` runs them, on one class."""
+    model = standins.write("qwen2_5_vl", tmp_path / "model")
+    folder = tmp_path / "repository"
+    with chdir(ROOT):
+        prepare(folder, paper(published, encoder_folder, model), cache=folder / ".dvc" / "cache")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    dvc = [sys.executable, "-m", "dvc"]
+    done = subprocess.run([*dvc, "repro", "results"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    judged = json.loads((folder / "results" / "evaluate" / "capture.json").read_text())
+    assert set(judged) == {"cocoln500", "docci500"}
+    assert set(judged["cocoln500"]["methods"]) == {"base", "sft", "cim", "cim_on_sft"}
+    assert json.loads((folder / "artifacts" / "captioner" / "not_trained_here.json").read_text()) == {
+        "model": str(model)
+    }
+    assert (folder / "results" / "report" / "length.png").is_file()
+    assert json.loads((folder / "results" / "correlation" / "metrics.json").read_text())["spearman"]["fineness"]

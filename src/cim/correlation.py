@@ -127,7 +127,13 @@ def human_ladders(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def model_captions(manifest: Manifest, captions: list[str]) -> pd.DataFrame:
-    """The same table for captions that a model wrote, ladder "model"."""
+    """The same table for captions that a model wrote, ladder "model".
+
+    Raises:
+        CimError: where the scenes are not known, without which such captions have no grade.
+    """
+    if manifest.frame["scene"].isna().any():
+        raise CimError("parameters: correlation.model_captions needs images whose scenes are known; set it to false")
     scenes = [Scene.from_json(s) for s in manifest.frame["scene"]]
     table = pd.DataFrame({"image_id": manifest.frame["image_id"], "ladder": "model", "level": 0, "label": "base model"})
     table["caption"] = captions

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from cim.errors import CimError
 
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # what a cut loses at most
 
 
 @dataclass(frozen=True)

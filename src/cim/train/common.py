@@ -182,8 +182,8 @@ def check_precision(settings: TrainSettings, model: ModelSettings, deepspeed: bo
     """
     if model.dtype != "float32" and not settings.lora_rank and not deepspeed:
         raise CimError(
-            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} would "
-            "be rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
+            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} "
+            "would be rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
             "configuration (train.accelerate=conf/accelerate/zero3.yaml)"
         )
 
@@ -197,7 +197,8 @@ def restore(model: torch.nn.Module, checkpoint: Path) -> None:
     """Load a checkpoint's weights into the model.
 
     Trainer itself (transformers 5) compares the names in the file with those in memory, which differ for models whose
-    hub names are older than their code, Qwen2.5-VL among them: it loads nothing and goes on. from_pretrained knows both.
+    hub names are older than their code, Qwen2.5-VL among them: it loads nothing and
+    goes on. from_pretrained knows both.
 
     Raises:
         CimError: where a weight is missing.

@@ -1,0 +1,243 @@
+"""What comes from elsewhere: published archives and the hub, both from servers on this machine."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from cim import cli, downloads
+from cim.downloads import Archive, Source, fetch, unpack
+from cim.errors import CimError
+
+
+@pytest.fixture
+def server():
+    """Serves `files` with ranges; a connection ends after `cut` bytes where that is set. Keeps what was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        files: ClassVar[dict[str, bytes]] = {}
+        asked: ClassVar[list[str | None]] = []
+        cut: int | None = None
+        ranges = True
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.asked.append(self.headers.get("Range"))
+            self.answer(body=True)
+
+        def answer(self, body):
+            if self.path not in self.files:
+                self.send_error(404)
+                return
+            whole = self.files[self.path]
+            start = 0
+            if self.ranges and (wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")):
+                start = int(wanted.group(1))
+                if start >= len(whole):
+                    self.send_error(416)
+                    return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(whole) - start))
+            self.end_headers()
+            if body:
+                self.wfile.write(whole[start:][: self.cut])
+
+        def log_message(self, *_):
+            pass
+
+    Handler.files, Handler.asked = {}, []
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}", Handler
+    served.shutdown()
+
+
+def zipped(**members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(f"folder/{name}.txt", text)
+    return content.getvalue()
+
+
+def test_a_download_goes_on_where_it_was_cut_off(server, tmp_path):
+    url, handler = server
+    content = os.urandom(300_000)
+    handler.files["/big.bin"], handler.cut = content, 100_000
+    for _ in range(2):
+        with pytest.raises(CimError, match="run the same again"):
+            fetch(f"{url}/big.bin", tmp_path / "big.bin", None)
+    handler.cut = None
+    assert fetch(f"{url}/big.bin", tmp_path / "big.bin", hashlib.md5(content).hexdigest()).read_bytes() == content
+    assert handler.asked == [None, "bytes=65536-", "bytes=131072-"]
+    # What is there is not asked for again.
+    fetch(f"{url}/big.bin", tmp_path / "big.bin", None)
+    assert len(handler.asked) == 3
+
+
+def test_a_server_without_ranges_starts_anew(server, tmp_path):
+    url, handler = server
+    handler.files["/x.bin"], handler.ranges = b"0123456789", False
+    (tmp_path / "x.bin.part").write_bytes(b"01234")
+    assert fetch(f"{url}/x.bin", tmp_path / "x.bin", None).read_bytes() == b"0123456789"
+
+
+def test_another_checksum_is_an_error_and_is_not_kept(server, tmp_path):
+    url, handler = server
+    handler.files["/x.bin"] = b"not what was published"
+    with pytest.raises(CimError, match="not the published"):
+        fetch(f"{url}/x.bin", tmp_path / "x.bin", "0" * 32)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CimError, match="404"):
+        fetch(f"{url}/gone.bin", tmp_path / "gone.bin", None)
+
+
+def test_the_command_tells_licence_and_size_and_asks(server, tmp_path, monkeypatch, capsys):
+    url, handler = server
+    content = zipped(a="one", b="two")
+    handler.files["/toy.zip"] = content
+    archive = Archive(f"{url}/toy.zip", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(downloads.SOURCES, "toy", Source("a toy", "CC0", archives=(archive,)))
+    with pytest.raises(SystemExit):
+        cli.main(["download", "toy", "--to", str(tmp_path)])
+    told = capsys.readouterr()
+    assert "licence: CC0" in told.out
+    assert "size: 0.00 GB" in told.out
+    assert "nothing was fetched; say --yes" in told.err
+    assert handler.asked == []
+    cli.main(["download", "toy", "--to", str(tmp_path), "--yes"])
+    assert (tmp_path / "toy" / "folder" / "a.txt").read_text() == "one"
+    assert not (tmp_path / "toy" / "toy.zip").exists()
+    cli.main(["download", "toy", "--to", str(tmp_path), "--yes"])
+    assert len(handler.asked) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["download", "nothing", "--yes"])
+    assert "there are sc-captioner, coco-train" in capsys.readouterr().err
+
+
+def test_archives_write_nothing_outside(tmp_path):
+    evil = tmp_path / "evil.tar.gz"
+    with tarfile.open(evil, "w:gz") as archive:
+        member = tarfile.TarInfo("../outside.txt")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(CimError, match="cannot be unpacked"):
+        unpack(evil, tmp_path / "inside")
+    assert not (tmp_path / "outside.txt").exists()
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    with pytest.raises(CimError, match=r"broken.zip: cannot be unpacked"):
+        unpack(tmp_path / "broken.zip", tmp_path)
+
+
+@pytest.fixture
+def hub():
+    """A hub on this machine: one gated model, one data set, and nothing else."""
+    label = json.dumps([{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["a.jpg"]}]).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            if "/datasets/zl2048" in self.path:
+                self.data_set()
+                return
+            status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+            if "revision" in self.path or "/wrong/" in self.path:
+                status, code = 404, "RevisionNotFound"
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def data_set(self):
+            if self.path.startswith("/api/") and "/tree/" in self.path:
+                body = json.dumps(
+                    [{"type": "file", "path": "llamafactory_json/train.json", "size": len(label), "oid": "e"}]
+                ).encode()
+            elif self.path.startswith("/api/"):
+                name = "llamafactory_json/train.json"
+                body = json.dumps(
+                    {
+                        "id": "zl2048/SC-Captioner-data",
+                        "sha": "a" * 40,
+                        "siblings": [{"rfilename": name, "size": len(label)}],
+                    }
+                ).encode()
+            else:
+                body = label
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("ETag", '"etag"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}"
+    served.shutdown()
+
+
+def at_hub(hub, tmp_path, code, *arguments, offline="0"):
+    """Run Python where the hub is that server: huggingface_hub reads its address once, when it is imported."""
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub,
+        "HF_HUB_OFFLINE": offline,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=120
+    )
+    return done.stdout, done.stderr
+
+
+LOAD = """
+import sys
+from cim.cli import one_line_errors
+from cim.models import ModelSettings, load_model
+with one_line_errors():
+    load_model(ModelSettings(name=sys.argv[1], prompt="x", revision=sys.argv[2] or None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "offline", "says"),
+    [
+        ("some/gated-model", "", "0", "it is gated; accept its terms"),
+        ("some/no-such-model", "", "0", "no such model, or it is private"),
+        ("some/model", "wrong", "0", "no such revision"),
+        ("some/model", "", "1", "HF_HUB_OFFLINE forbids|not in the hub's cache"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_clear_error(hub, tmp_path, name, revision, offline, says):
+    _, errors = at_hub(hub, tmp_path, LOAD, name, revision, offline=offline)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors[-2000:]
+    assert re.search(says, lines[0]), lines[0]
+    assert "Traceback" not in errors
+
+
+def test_a_data_set_of_the_hub_is_told_and_fetched(hub, tmp_path):
+    code = "import sys; from cim.cli import main; main(sys.argv[1:])"
+    out, errors = at_hub(hub, tmp_path, code, "download", "sc-captioner", "--to", str(tmp_path / "to"), "--yes")
+    assert "licence: Apache-2.0" in out, errors[-2000:]
+    assert (tmp_path / "to" / "sc-captioner" / "llamafactory_json" / "train.json").is_file(), errors[-2000:]
