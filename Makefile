@@ -48,7 +48,8 @@ photos: $(SETUP)
 study: data
 	cim pipeline runs/study -S profile=study --jobs 2
 	rm -rf results/study && mkdir -p results/study/train
-	cp runs/study/results/train/*.json results/study/train && cp -r runs/study/results/evaluate results/study
+	cp runs/study/results/train/*.json results/study/train
+	cp -r runs/study/results/captions runs/study/results/evaluate results/study
 	cim run results
 
 smoke: $(SETUP)

@@ -13,7 +13,8 @@ from cim.errors import CimError
 from cim.gallery import GallerySettings, drop_excluded, load_gallery
 from cim.gallery_build import build_gallery
 from cim.manifest import Manifest
-from cim.scorer import REWARDS, RewardSettings, Scorer, completion_text, trl_reward, variety
+from cim.runs import REWARDS
+from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward, variety
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,9 +14,36 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from cim import stages
+from cim.captioner import CaptionerSettings
+from cim.correlation import CorrelationSettings
+from cim.dataset import DatasetSettings
+from cim.encoder_training import EncoderTrainingSettings
+from cim.encoders import EncoderSettings
+from cim.evaluation import EvaluateSettings
+from cim.gallery import GallerySettings
+from cim.generation import CaptionSettings
+from cim.models import ModelSettings
+from cim.scorer import RewardSettings
+from cim.settings import group
+from cim.train.settings import TrainSettings
+from cim.train.sft import SftSettings
 from cim.workspace import compose, dump
 from conftest import ROOT
 
+SETTINGS = {
+    "captioner": CaptionerSettings,
+    "captions": CaptionSettings,
+    "correlation": CorrelationSettings,
+    "dataset": DatasetSettings,
+    "encoder": EncoderTrainingSettings,
+    "encoders": EncoderSettings,
+    "evaluate": EvaluateSettings,
+    "gallery": GallerySettings,
+    "model": ModelSettings,
+    "reward": RewardSettings,
+    "sft": SftSettings,
+    "train": TrainSettings,
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -78,9 +107,9 @@ def test_profiles_differ_in_parameters_only(profile):
     tiny = compose([], ROOT / "conf")
     other = compose([f"profile={profile}", "dataset.folder=x"], ROOT / "conf")
     assert set(other) == set(tiny)
-    for group in tiny:
-        if isinstance(tiny[group], dict):
-            assert set(other[group]) == set(tiny[group]), group
+    for key in tiny:
+        if isinstance(tiny[key], dict):
+            assert set(other[key]) == set(tiny[key]), key
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -112,7 +141,7 @@ def test_every_stage_of_the_pipeline_exists():
         body = stage.get("do", stage)
         assert body["cmd"].split()[2] in stages.STAGES
         assert {"on_sft": "train"}.get(name, name) in body["params"]
-        assert all(group in params for group in body["params"])
+        assert all(key in params for key in body["params"])
         for dep in body["deps"]:
             assert dep.startswith(("artifacts/", "results/", "${")) or (ROOT / dep).exists(), dep
 
@@ -149,3 +178,69 @@ def test_the_readmes_table_of_scale_is_that_of_the_committed_benchmark():
 
     scale_table = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["scale_table"]
     assert scale_table(ROOT / "results/benchmarks/reward-1000000.json") in (ROOT / "README.md").read_text()
+
+
+LIGHT = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "faiss", "open_clip", "timm",
+                                  "sentence_transformers", "dvc", "papermill", "nltk"}:
+            raise ModuleNotFoundError(f"{name} is not in the light environment")
+
+sys.meta_path.insert(0, Nothing())
+import json
+from IPython.display import display
+cells = json.load(open("notebooks/results.ipynb"))["cells"]
+exec("\\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+"""
+
+
+def test_the_page_of_results_runs_in_binders_light_environment(tmp_path):
+    """On committed results, without PyTorch or anything else that binder/requirements.txt leaves out."""
+    for name in ("notebooks", "params.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    done = subprocess.run([sys.executable, "-c", LIGHT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    light = (ROOT / "binder" / "requirements.txt").read_text().splitlines()[1:]
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    assert set(light) <= set(lock)
+
+
+def test_the_colab_notebooks_first_cell_installs_on_colab_only(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())["cells"]
+    first, second, *_ = ("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
+    monkeypatch.chdir(ROOT)
+    exec(f"{first}\n{second}", {})
+    assert asked == []
+    (tmp_path / "cim").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    with pytest.raises(SystemExit, match="Set `repository`"):
+        exec(f"{first}\n{second}", {})
+    first = first.replace('repository = ""', 'repository = "somewhere"')
+    exec(f"{first}\n{second}", {})
+    assert [command[:2] for command in asked] == [("git", "clone"), (sys.executable, "-m")]
+    assert Path.cwd() == tmp_path / "cim"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_composes_with_the_papers_profile(path):
+    if path.stem == "hub":
+        pytest.skip("what the others share")
+    params = compose(["profile=paper", f"model={path.stem}"], ROOT / "conf")
+    settings = group(ModelSettings, params["model"], "model")
+    assert not settings.trust_remote_code
+    assert settings.prompt.startswith("Caption this image as accurately" if path.stem != "local" else "describe")
+
+
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "study", "paper", "single-gpu"])
+def test_every_profile_has_settings_that_are_taken(profile):
+    params = compose([f"profile={profile}"], ROOT / "conf")
+    for name, cls in SETTINGS.items():
+        if params[name] is not None:
+            group(cls, {k: v for k, v in params[name].items() if (name, k) != ("correlation", "reward")}, name)

@@ -11,9 +11,8 @@ import pandas as pd
 
 from cim.capture.evaluate import Evaluation
 from cim.errors import CimError
-from cim.generation import BASE
 from cim.manifest import Manifest
-from cim.runs import parse_run
+from cim.runs import BASE, LABELS, parse_run
 from cim.scorer import variety
 from cim.settings import require
 from cim.statistics import interval, resample_weights
@@ -30,19 +29,6 @@ METRICS = (
     "qa_told",
     "words",
 )
-LABELS = {
-    "base": "base",
-    "sft": "SFT, annotators' captions",
-    "sft_perfect": "SFT, perfect captions",
-    "cim": "CIM (GRC + QIR)",
-    "cim_on_sft": "CIM on SFT",
-    "grc": "GRC only",
-    "qir": "QIR only",
-    "self_retrieval": "self-retrieval",
-    "clipscore": "CLIPScore",
-    "empty": "empty caption",
-    "always_yes": "always Yes",
-}
 
 
 @dataclass(frozen=True)
@@ -247,8 +233,3 @@ def collapse(captions: pd.DataFrame) -> pd.DataFrame:
         for (m, s), p in captions.groupby(["method", "seed"], sort=False)
     ]
     return pd.DataFrame(rows)
-
-
-def clear_of(metrics: dict[str, dict], method: str, other: str, name: str) -> bool:
-    """Whether the 95 % interval of `method` lies wholly above that of `other`."""
-    return metrics[method]["metrics"][name]["interval"][0] > metrics[other]["metrics"][name]["interval"][1]

@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cim.evaluation import LABELS
+from cim.runs import LABELS
 from cim.sources import open_stored
 
 SCORE_LABELS = {

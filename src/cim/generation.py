@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from cim.encoders import weights_digest
 from cim.manifest import Manifest, open_image, read_manifest
 from cim.models import ModelSettings, load_model, prompt_inputs
+from cim.runs import BASE
 from cim.settings import require
-
-BASE = "base-0"  # named like a run, though nothing trains it here
 
 
 @dataclass(frozen=True)

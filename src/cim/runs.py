@@ -1,17 +1,28 @@
-"""Names of training runs: METHOD-SEED, as in cim-0."""
+"""Training runs by name, METHOD-SEED as in cim-0, and what methods are called; light enough for a page of results."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cim.errors import CimError
-from cim.models import ModelSettings
-from cim.scorer import REWARDS
 
+REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
 # sft: captions as annotators write them; sft_perfect: captions that leave out nothing and err nowhere.
 SFT_METHODS = ("sft", "sft_perfect")
 # GRPO that starts from the fine-tuned model of the same seed instead of the base.
 ON_SFT = "cim_on_sft"
+BASE = "base-0"  # named like a run, though nothing trains it here
+LABELS = {
+    "base": "base",
+    "sft": "SFT, annotators' captions",
+    "sft_perfect": "SFT, perfect captions",
+    "cim": "CIM (GRC + QIR)",
+    "cim_on_sft": "CIM on SFT",
+    "grc": "GRC only",
+    "qir": "QIR only",
+    "self_retrieval": "self-retrieval",
+    "clipscore": "CLIPScore",
+    "empty": "empty caption",
+    "always_yes": "always Yes",
+}
 
 
 def parse_run(run: str) -> tuple[str, int]:
@@ -30,21 +41,6 @@ def parse_run(run: str) -> tuple[str, int]:
 def reward_of(method: str) -> str:
     """The reward that a GRPO method optimises."""
     return "cim" if method == ON_SFT else method
-
-
-def start_of(run: str, model: ModelSettings, artifacts: Path) -> ModelSettings:
-    """Where a run starts: the base, or the fine-tuned model of the same seed.
-
-    Raises:
-        CimError: where that is not trained yet.
-    """
-    method, seed = parse_run(run)
-    if method != ON_SFT:
-        return model
-    folder = artifacts / "train" / f"sft-{seed}"
-    if not (folder / "log.json").is_file():
-        raise CimError(f"{folder}: not trained yet; run '{run}' starts from run 'sft-{seed}', so train that first")
-    return model.at(folder)
 
 
 def all_runs(runs: dict[str, list]) -> list[str]:

@@ -17,9 +17,8 @@ from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_tex
 from cim.errors import CimError
 from cim.gallery import Gallery, load_gallery, read_info
 from cim.manifest import Manifest, open_image
+from cim.runs import REWARDS
 from cim.settings import require
-
-REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cim.encoders import weights_digest
 from cim.errors import CimError
 from cim.manifest import Manifest, open_image, read_manifest
 from cim.models import ModelSettings, check_prompts, fit, is_vision, load_model
-from cim.runs import parse_run, start_of
+from cim.runs import ON_SFT, parse_run
 from cim.settings import group
 from cim.train.card import write_card
 from cim.train.settings import TrainSettings
@@ -148,6 +148,21 @@ class Job:
                 self.processor.save_pretrained(self.out / "merged")
             write_card(self.out, self.run, self.model_settings, params, len(self.images), trainer.state)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def start_of(run: str, model: ModelSettings, artifacts: Path) -> ModelSettings:
+    """Where a run starts: the base, or the fine-tuned model of the same seed.
+
+    Raises:
+        CimError: where that is not trained yet.
+    """
+    method, seed = parse_run(run)
+    if method != ON_SFT:
+        return model
+    folder = artifacts / "train" / f"sft-{seed}"
+    if not (folder / "log.json").is_file():
+        raise CimError(f"{folder}: not trained yet; run '{run}' starts from run 'sft-{seed}', so train that first")
+    return model.at(folder)
 
 
 def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest, Manifest]:

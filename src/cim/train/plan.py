@@ -18,9 +18,9 @@ from cim.errors import CimError
 from cim.gallery import read_info
 from cim.manifest import Manifest, open_image
 from cim.models import DTYPES, ModelSettings, check_prompts, load_processor, skeleton, why_not_loaded
-from cim.runs import SFT_METHODS, parse_run, start_of
+from cim.runs import SFT_METHODS, parse_run
 from cim.settings import group
-from cim.train.common import check_integrations, check_precision, lora, training_images
+from cim.train.common import check_integrations, check_precision, lora, start_of, training_images
 from cim.train.launch import configuration
 from cim.train.settings import Batches, TrainSettings, batches
 
