@@ -14,6 +14,7 @@ from PIL import Image
 
 import standins
 from cim import evaluation
+from cim.errors import CimError
 from cim.generation import CaptionSettings, caption_images, caption_runs
 from cim.manifest import read_manifest
 from cim.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
@@ -259,3 +260,55 @@ def test_the_papers_profile_through_dvc(published, encoder_folder, tmp_path):
     }
     assert (folder / "results" / "report" / "length.png").is_file()
     assert json.loads((folder / "results" / "correlation" / "metrics.json").read_text())["spearman"]["fineness"]
+
+
+def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
+    """The motivation study's data in their own layout: images/, annotations/list.txt."""
+    from cim.correlation import graded_captions
+    from cim.dataset import DatasetSettings, make_dataset
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    lines = ["#Image CLASS-ID SPECIES BREED ID"]
+    for i, (breed, species) in enumerate(
+        [("Abyssinian", 1), ("Russian_Blue", 1), ("german_shorthaired", 2), ("beagle", 2)]
+    ):
+        for n in (1, 2):
+            name = f"{breed}_{n}"
+            (tmp_path / "images" / f"{name}.jpg").write_bytes(world.image_paths[2 * i + n].read_bytes())
+            lines.append(f"{name} {i + 1} {species} {i + 1}")
+    (tmp_path / "annotations" / "list.txt").write_text("\n".join(lines) + "\n")
+    settings = DatasetSettings(source="oxford_pet", folder=str(tmp_path))
+    manifest = read_manifest(make_dataset(settings, tmp_path / "out"))
+    assert manifest.frame["split"].value_counts().to_dict() == {"gallery": 4, "test": 4}
+    graded = graded_captions(manifest.split("test"), np.random.default_rng(0))
+    blue = graded[graded["image_id"] == "Russian_Blue_2"]
+    finest = blue[blue["ladder"] == "fineness"].sort_values("level")["caption"].tolist()
+    assert finest == ["a photo of an animal.", "a photo of a cat.", "a photo of a Russian Blue cat."]
+    wrong = blue[blue["ladder"] == "accuracy"].sort_values("level")["caption"].tolist()
+    assert wrong == ["a photo of a dog.", "a photo of an Abyssinian cat.", "a photo of a Russian Blue cat."]
+    (tmp_path / "annotations" / "list.txt").write_text("Abyssinian_1 one\n")
+    with pytest.raises(CimError, match="lines of 'image class species breed'"):
+        make_dataset(settings, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("not json", "not JSON"),
+        ('[{"images": ["a.jpg"]}]', "entry 0 should hold a prompt and a caption"),
+        ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["a.jpg", "b.jpg"]}]', "and one image"),
+        ("[]", "holds no captions"),
+        ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["gone.jpg"]}]', "'gone.jpg' is not there"),
+    ],
+)
+def test_labels_in_another_layout_are_named(tmp_path, content, says):
+    from cim.dataset import DatasetSettings, make_dataset
+
+    (tmp_path / "train_coco6k_sft.json").write_text(content)
+    with pytest.raises(CimError, match=says):
+        make_dataset(DatasetSettings(source="sc_captioner", folder=str(tmp_path)), tmp_path / "out")
+    with pytest.raises(CimError, match="'cim download' fetches it"):
+        make_dataset(
+            DatasetSettings(source="sc_captioner", folder=str(tmp_path / "out"), images=str(tmp_path)), tmp_path / "x"
+        )

@@ -278,3 +278,14 @@ def test_missing_images_are_told_before_the_model_is_loaded(workspace):
     write_manifest(frame, workspace / "other" / "dataset" / "manifest.parquet", image_root=manifest.image_root)
     with pytest.raises(CimError, match=r"gone.png: image not found, as 16 of 16"):
         training_images(workspace / "other", settings())
+
+
+def test_the_plan_from_the_command_line(workspace, capsys):
+    from cim import cli
+
+    cli.main(["train", "--run", "cim-0", "--plan", "--processes", "1"])
+    told = capsys.readouterr().out
+    assert "a rollout: 4 images x 5 captions = 20 captions" in told
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--run", "cim-0", "-S", "profile=paper"])
+    assert "-S is for --plan" in capsys.readouterr().err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from cim.errors import CimError
 
 
 def add_command(commands) -> None:
@@ -11,27 +12,33 @@ def add_command(commands) -> None:
     command = commands.add_parser("train", help="one training run of params.yaml; --plan: what it would take")
     command.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
     command.add_argument("--plan", action="store_true", help="print models, data, batches, memory and hours, and stop")
+    command.add_argument(
+        "-S",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="with --plan: as in -S profile=paper",
+    )
     command.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
     command.set_defaults(handle=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    import torch
-
     from cim import stages
     from cim.settings import read_params
+    from cim.train import launch
+    from cim.workspace import compose
 
-    params = read_params(Path("params.yaml"))
-    devices = torch.cuda.device_count()
+    if arguments.overrides and not arguments.plan:
+        raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")
+    params = compose(arguments.overrides) if arguments.overrides else read_params()
+    accelerate = params["train"].get("accelerate")
     if arguments.plan:
-        from cim.train.launch import configuration
         from cim.train.plan import plan
 
-        told = configuration(params["train"].get("accelerate")).get("num_processes")
-        processes = arguments.processes or told or max(1, devices)
+        processes = arguments.processes or launch.processes(accelerate)
         print("\n".join(plan(arguments.run, params, stages.ARTIFACTS, processes)))
         return
-    from cim.train.launch import train
-
-    for line in train(arguments.run, params["train"].get("accelerate"), devices):
+    for line in launch.train(arguments.run, accelerate):
         print(line, flush=True)

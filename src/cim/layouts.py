@@ -152,18 +152,19 @@ def oxford_pet(settings: DatasetSettings, out: Path) -> None:
         seen[breed] = seen.get(breed, -1) + 1
         others = [b for b in breeds[species] if b != breed] or [breed]
         wrong, foreign = others[int(rng.integers(len(others)))], {"cat": "dog", "dog": "cat"}[species]
+        named, mistaken = (f"a photo of {_with_article(b)} {species}." for b in (breed, wrong))
         ladders = {
-            "fineness": ["a photo of an animal.", f"a photo of a {species}.", f"a photo of a {breed} {species}."],
-            "accuracy": [
-                f"a photo of a {foreign}.",
-                f"a photo of a {wrong} {species}.",
-                f"a photo of a {breed} {species}.",
-            ],
+            "fineness": ["a photo of an animal.", f"a photo of a {species}.", named],
+            "accuracy": [f"a photo of a {foreign}.", mistaken, named],
         }
         split = "test" if seen[breed] % 2 else "gallery"
         row = _row(_found(there, image, listing.name), ladders["fineness"][-1], split, "Oxford-IIIT Pet")
         rows.append(row | {"ladders": json.dumps(ladders)})
     _write(rows, out)
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def images_by_name(folder: Path | str) -> dict[str, Path]:

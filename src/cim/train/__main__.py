@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from cim.cli import one_line_errors
+from cim.errors import CimError
 from cim.runs import SFT_METHODS, parse_run
 from cim.settings import read_params
 
@@ -31,7 +34,13 @@ def main() -> None:
             from cim.train.sft import train
         else:
             from cim.train.grpo import train
-        train(arguments.run, read_params(arguments.params), arguments.artifacts)
+        try:
+            train(arguments.run, read_params(arguments.params), arguments.artifacts)
+        except torch.OutOfMemoryError as error:
+            raise CimError(
+                f"the GPU's memory did not suffice ({' '.join(str(error).split())[:120]}); lower train.per_device, "
+                "train.max_completion or model.max_pixels, or set train.gradient_checkpointing, and run the same again"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import yaml
 
 from cim.errors import CimError
@@ -50,7 +51,12 @@ def configuration(accelerate: str | None) -> dict:
         raise CimError(f"parameters: train.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
-def train(run: str, accelerate: str | None, devices: int) -> Iterator[str]:
+def processes(accelerate: str | None) -> int:
+    """How many processes a run would have."""
+    return configuration(accelerate).get("num_processes") or max(1, torch.cuda.device_count())
+
+
+def train(run: str, accelerate: str | None) -> Iterator[str]:
     """Start a run and yield the lines of its log that a person wants to see.
 
     Raises:
@@ -58,7 +64,11 @@ def train(run: str, accelerate: str | None, devices: int) -> Iterator[str]:
     """
     lines: list[str] = []
     with subprocess.Popen(
-        command(run, accelerate, devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        command(run, accelerate, torch.cuda.device_count()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
     ) as process:
         for line in process.stdout:
             lines = [*lines[-200:], line]

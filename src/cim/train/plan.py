@@ -104,12 +104,13 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
     lines.append(f"memory of a device: about {total_need / GIB:.1f} GiB ({parts}; a fifth on top)")
     lines.append(f"device: {device.name}, {device.memory / GIB:.1f} GiB, {device.flops / 1e12:.2f} TFLOP/s measured")
     lines.append(f"time: about {duration(seconds)}, at {UTILISATION:.0%} of that speed and full-length captions")
-    if total_need > device.memory:
+    if total_need > device.memory and settings.check_memory:
         raise CimError(
             "\n".join([*lines, ""])
             + f"run '{run}' needs about {total_need / GIB:.1f} GiB on a device that has {device.memory / GIB:.1f} GiB; "
             "lower train.per_device or model.max_pixels, set train.lora_rank, train.gradient_checkpointing or "
-            "model.dtype=bfloat16, or share the weights (conf/accelerate/fsdp.yaml)"
+            "model.dtype=bfloat16, share the weights (conf/accelerate/fsdp.yaml), or, if you know better, set "
+            "train.check_memory=false"
         )
     return lines
 

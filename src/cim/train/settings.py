@@ -28,6 +28,7 @@ class TrainSettings:
         log_to: transformers' integrations, such as tensorboard, dvclive, wandb, trackio.
         merge: with LoRA, also write the merged weights.
         accelerate: a configuration file of accelerate; None for all devices of this machine.
+        check_memory: refuse a run that the plan thinks too large for its devices.
     """
 
     split: str
@@ -56,6 +57,7 @@ class TrainSettings:
     vllm_url: str | None = None
     log_to: list[str] = field(default_factory=list)
     accelerate: str | None = None
+    check_memory: bool = True
     warn_distinct: float = 0.2
 
     def __post_init__(self):
