@@ -86,7 +86,7 @@ def whole_evaluation(folder: Path) -> dict[str, float]:
     """Seconds that the parts of `cim evaluate` take on a benchmark's own references, shifted by one image."""
     labels = load_labels(folder)
     ids = list(labels.references)
-    captions = {"shifted": dict(zip(ids, [labels.references[i] for i in [*ids[1:], ids[0]]], strict=True))}
+    captions = {"shifted": {0: dict(zip(ids, [labels.references[i] for i in [*ids[1:], ids[0]]], strict=True))}}
     encoder, wordnet = load_text_encoder(TEXT), load_wordnet()
     encoder.encode(["warm"])
     parser = PatternParser(wordnet)

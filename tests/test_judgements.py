@@ -11,7 +11,7 @@ from cim import cli
 from cim.errors import CimError
 from cim.judgements import VOTES, agreement_with_people, find_images, load_judgements
 from cim.scorer import RewardSettings, Scorer
-from cim.statistics import kendall
+from cim.statistics import kendall, kendall_within
 
 
 @pytest.fixture
@@ -165,3 +165,16 @@ def test_images_are_found_by_name_in_any_folder(pictures):
     assert (
         find_images(folder, [names[0], names[1].removesuffix(".jpg")])[names[1].removesuffix(".jpg")].name == names[1]
     )
+
+
+def test_kendall_within_compares_captions_of_one_image_only(rng):
+    images = np.repeat(np.arange(50), 3)
+    level = np.tile([0.0, 1.0, 2.0], 50)
+    offset = np.repeat(rng.normal(0, 100, 50), 3)  # what differs between images drowns what differs within
+    assert kendall_within(level + offset, level, images, rng, 50) == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert kendall_within(-level + offset, level, images, rng, 50)["value"] == -1
+    assert abs(kendall(level + offset, level, images, rng, 10)["value"]) < 0.3
+    one = np.zeros(len(level), int)
+    noisy = level + rng.normal(0, 1, len(level))
+    assert kendall_within(noisy, level, one, rng, 2)["value"] == pytest.approx(stats.kendalltau(noisy, level).statistic)
+    assert np.isnan(kendall_within(offset, level, images, rng, 10)["value"])

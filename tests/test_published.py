@@ -22,6 +22,7 @@ from cim.runs import all_runs
 from cim.settings import group
 from cim.train import grpo, sft
 from cim.train.common import restore
+from cim.train.plan import Device, plan
 from cim.workspace import compose, prepare
 from conftest import ROOT
 
@@ -181,6 +182,8 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, publ
     assert not [name for name in changed if "visual" in name or "vision" in name]
     assert not moved(base.at(adapter), base.at(adapter / "merged"))
     sft.train("sft-1", with_lora, artifacts)
+    told = plan("cim_on_sft-1", with_lora, artifacts, 1, Device("a card", 2**36, 1e14, 1e12))
+    assert "(LoRA of rank 4)" in told[0]
     assert moved(base, base.at(artifacts / "train" / "sft-1"))
 
     captions = workspace / "captions"

@@ -90,8 +90,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     for row in done.metrics.get("correlations", []):
         if (row["mode"], row["with"]) == ("strict", "capture"):
-            low, high = row["kendall"]["interval"]
-            print(f"{row['score']} with strict CAPTURE: Kendall {row['kendall']['value']:.3f} [{low:.3f}, {high:.3f}]")
+            told = [
+                f"{over} {cell['value']:.3f} [{cell['interval'][0]:.3f}, {cell['interval'][1]:.3f}]"
+                for over, cell in (("all captions", row["kendall"]), ("captions of one image", row["kendall_within"]))
+            ]
+            print(f"Kendall's tau of {row['score']} with strict CAPTURE: {', '.join(told)}")
     print(f"\nwritten: {arguments.out}/metrics.json, images.csv, page.html")
 
 

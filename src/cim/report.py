@@ -204,13 +204,15 @@ def comparison_table(metrics: dict, mode: str) -> pd.DataFrame:
 
 
 def metric_table(metrics: dict, mode: str) -> pd.DataFrame:
-    """How scores without references follow those with: Kendall's tau-b and its interval."""
+    """How scores without references follow those with: Kendall's tau-b and its interval, over all captions and over
+    those of the same image."""
     rows = [
-        {"score": r["score"], "with": CAPTURE.get(r["with"], r["with"]), "Kendall": _correlation(r["kendall"])}
+        {"over": over, "score": r["score"], "with": CAPTURE.get(r["with"], r["with"]), "tau": _correlation(r[key])}
+        for key, over in (("kendall", "all captions"), ("kendall_within", "captions of one image"))
         for r in metrics.get("correlations", [])
         if r["mode"] == mode
     ]
-    return pd.DataFrame(rows).pivot(index="score", columns="with", values="Kendall") if rows else pd.DataFrame()
+    return pd.DataFrame(rows).pivot(index=["over", "score"], columns="with", values="tau") if rows else pd.DataFrame()
 
 
 def captured(folder: Path) -> dict:

@@ -86,6 +86,38 @@ def kendall(
     return {"value": float(kendalltau(score, judged, variant=variant).statistic), "interval": interval(samples)}
 
 
+def kendall_within(
+    score: np.ndarray, judged: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+) -> dict:
+    """Kendall's tau-b over pairs of captions of the same image only, with its bootstrap interval over images.
+
+    That is what a reward is used for in GRPO: an advantage compares captions of one image.
+
+    Args:
+        score, judged: (n,) per caption.
+        images: (n,) which image each caption is of.
+
+    Returns:
+        {"value", "interval"}; NaN where no two captions of an image differ in both.
+    """
+    _, codes = np.unique(images, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    counts = np.zeros(
+        (codes.max() + 1, 3)
+    )  # an image's concordant less discordant pairs, and pairs without tie in each
+    for image, members in enumerate(np.split(order, np.cumsum(np.bincount(codes))[:-1])):
+        first, second = np.triu_indices(len(members), 1)
+        x, y = (np.sign(v[members][first] - v[members][second]) for v in (score, judged))
+        counts[image] = (x * y).sum(), (x != 0).sum(), (y != 0).sum()
+
+    def tau(totals: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return totals[..., 0] / np.sqrt(totals[..., 1] * totals[..., 2])
+
+    weights = resample_weights(len(counts), resamples, rng)
+    return {"value": float(tau(counts.sum(0))), "interval": interval(tau(weights @ counts))}
+
+
 def mean_with_interval(values: np.ndarray, rng: np.random.Generator, resamples: int = 1000) -> dict:
     """{"value", "interval"} of a mean over items."""
     samples = resample_weights(len(values), resamples, rng) @ values / len(values)

@@ -14,7 +14,7 @@ from cim.capture.parsers import Parser
 from cim.capture.readers import AlwaysYes, Reader, question_scores, read_all
 from cim.capture.significance import holm, paired_permutation
 from cim.capture.synonyms import WordNet
-from cim.statistics import interval, kendall, resample_weights
+from cim.statistics import interval, kendall, kendall_within, resample_weights
 
 KEYS = ("method", "seed", "mode", "image")
 RETRIEVAL = ("grc", "qir", "cim")
@@ -243,23 +243,24 @@ def _by_relation(samples: Mapping, similarity: Similarity, drawn: Mapping, weigh
 
 
 def _correlations(images: pd.DataFrame, rng: np.random.Generator, resamples: int) -> list[dict]:
-    """Kendall's tau-b of what needs no reference with what does, over the captions of all methods."""
+    """How what needs no reference follows what does: Kendall's tau-b over the captions of all methods and images, and
+    over pairs of captions of the same image."""
     rows = []
     for mode, part in images.groupby("mode", sort=False):
-        groups = part["image"].to_numpy()
         for name in (*RETRIEVAL, "words"):
             for field in QUALITY:
-                both = part[[name, field]].notna().all(axis=1).to_numpy()
-                x, y = part.loc[both, name].to_numpy(float), part.loc[both, field].to_numpy(float)
-                tau = kendall(x, y, groups[both], rng, resamples)
+                both = part[part[[name, field]].notna().all(axis=1)]
+                pair = [both[column].to_numpy(float) for column in (name, field)]
+                of = both["image"].to_numpy()
                 rows.append(
                     {
                         "mode": mode,
                         "score": name,
                         "with": field,
-                        "captions": len(x),
+                        "captions": len(both),
                         "resamples": resamples,
-                        "kendall": tau,
+                        "kendall": kendall(*pair, of, rng, resamples),
+                        "kendall_within": kendall_within(*pair, of, rng, resamples),
                     }
                 )
     return rows

@@ -105,9 +105,9 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
     lines.append(f"device: {device.name}, {device.memory / GIB:.1f} GiB, {device.flops / 1e12:.2f} TFLOP/s measured")
     lines.append(f"time: about {duration(seconds)}, at {UTILISATION:.0%} of that speed and full-length captions")
     if total_need > device.memory and settings.check_memory:
+        print("\n".join(lines), flush=True)  # what was found is told, whatever comes of it
         raise CimError(
-            "\n".join([*lines, ""])
-            + f"run '{run}' needs about {total_need / GIB:.1f} GiB on a device that has {device.memory / GIB:.1f} GiB; "
+            f"run '{run}' needs about {total_need / GIB:.1f} GiB on a device that has {device.memory / GIB:.1f} GiB; "
             "lower train.per_device or model.max_pixels, set train.lora_rank, train.gradient_checkpointing or "
             "model.dtype=bfloat16, share the weights (conf/accelerate/fsdp.yaml), or, if you know better, set "
             "train.check_memory=false"
@@ -117,6 +117,10 @@ def plan(run: str, params: dict, artifacts: Path, processes: int, device: Device
 
 def model_size(model: ModelSettings, settings: TrainSettings) -> Size:
     """Counted on the skeleton, with the run's frozen parts and adapters."""
+    if (Path(model.name) / "adapter_config.json").is_file():  # merged into its base before training
+        from peft import PeftConfig
+
+        model = model.at(PeftConfig.from_pretrained(model.name).base_model_name_or_path)
     bones = skeleton(model)
     config = bones.config.get_text_config()
     total = sum(p.numel() for p in bones.parameters())
