@@ -16,7 +16,6 @@ export DO_NOT_TRACK = 1
 export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
-export MPLBACKEND = agg
 
 .PHONY: repro test lab photos study smoke benchmarks wordnet lint data clean
 

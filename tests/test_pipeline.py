@@ -47,7 +47,9 @@ def test_every_notebook_ran_to_its_end(smoke):
     for report in reports:
         cells = json.loads((smoke / "reports" / f"{report}.ipynb").read_text())["cells"]
         assert all(c["execution_count"] for c in cells if c["cell_type"] == "code")
-        assert not [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+        outputs = [o for c in cells for o in c.get("outputs", [])]
+        assert not [o for o in outputs if o["output_type"] == "error"]
+        assert [o for o in outputs if "image/png" in o.get("data", {})], f"{report} shows no picture"
 
 
 def test_results_are_complete_and_finite(smoke):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    # Without this a backend that the terminal's environment names would leave the report without its figures.
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     REPORTS.mkdir(exist_ok=True)
     target, failed = REPORTS / f"{report}.ipynb", REPORTS / f"{report}.failed.ipynb"
     try:

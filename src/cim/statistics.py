@@ -102,9 +102,8 @@ def kendall_within(
     """
     _, codes = np.unique(images, return_inverse=True)
     order = np.argsort(codes, kind="stable")
-    counts = np.zeros(
-        (codes.max() + 1, 3)
-    )  # an image's concordant less discordant pairs, and pairs without tie in each
+    # Of an image: concordant less discordant pairs, and the pairs without a tie in either.
+    counts = np.zeros((codes.max() + 1, 3))
     for image, members in enumerate(np.split(order, np.cumsum(np.bincount(codes))[:-1])):
         first, second = np.triu_indices(len(members), 1)
         x, y = (np.sign(v[members][first] - v[members][second]) for v in (score, judged))
