@@ -65,7 +65,7 @@ class Job:
         out = artifacts / "train" / run
         out.mkdir(parents=True, exist_ok=True)
         # TensorBoard has no argument for it.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(artifacts / "logs" / run))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(artifacts / "logs" / run)
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         checkpoints = artifacts / "checkpoints" / run
         return Job(run, method, seed, settings, model_settings, images, validation, model, processor, out, checkpoints)
