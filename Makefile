@@ -1,4 +1,4 @@
-# make repro   set up and reproduce the whole pipeline (about 12 minutes on two CPU cores)
+# make repro   set up and reproduce the whole pipeline (about 15 minutes on two CPU cores)
 # make test    set up and run the tests
 # make lab     set up and open JupyterLab
 # make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
