@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cim.errors import CimError
+from cim.workspace import add_overrides, compose, dump, run_pipeline
 
 
 @contextmanager
@@ -37,14 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.add_argument("--stages", nargs="*", default=[], help="run these stages one by one instead of 'dvc repro'")
     pipeline.add_argument("--jobs", type=int, default=1, help="training runs at once")
     for command in (params, pipeline):
-        command.add_argument(
-            "-S",
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            help="as in -S profile=smoke -S train.steps=20",
-        )
+        add_overrides(command)
     cli_gallery.add_commands(commands)
     cli_evaluate.add_command(commands)
     cli_train.add_command(commands)
@@ -61,12 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         elif arguments.command == "run":
             stages.run(arguments.stage, arguments.run)
         elif arguments.command == "params":
-            from cim.workspace import compose, dump
-
             print(dump(compose(arguments.overrides)), end="")
         else:
-            from cim.workspace import run_pipeline
-
             run_pipeline(arguments.folder, arguments.overrides, arguments.stages, arguments.jobs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cim.errors import CimError
+from cim.workspace import add_overrides, compose
 
 
 def add_command(commands) -> None:
@@ -12,14 +13,7 @@ def add_command(commands) -> None:
     command = commands.add_parser("train", help="one training run of params.yaml; --plan: what it would take")
     command.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
     command.add_argument("--plan", action="store_true", help="print models, data, batches, memory and hours, and stop")
-    command.add_argument(
-        "-S",
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        help="with --plan: as in -S profile=paper",
-    )
+    add_overrides(command, "with --plan: as in -S profile=paper")
     command.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
     command.set_defaults(handle=_train)
 
@@ -28,7 +22,6 @@ def _train(arguments: argparse.Namespace) -> None:
     from cim import stages
     from cim.settings import read_params
     from cim.train import launch
-    from cim.workspace import compose
 
     if arguments.overrides and not arguments.plan:
         raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")

@@ -7,6 +7,7 @@ run are taken from it, and the default workspace is left alone.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -21,6 +22,11 @@ from cim.errors import CimError
 
 CONF = Path("conf")
 HEADER = "# The active parameters, composed from conf/ by 'cim params'; README.md says how to change them.\n"
+
+
+def add_overrides(command: argparse.ArgumentParser, told: str = "as in -S profile=smoke -S train.steps=20") -> None:
+    """Add -S to a command; what is said with it is `overrides`, which compose takes."""
+    command.add_argument("-S", "--set", dest="overrides", action="append", default=[], help=told)
 
 
 def compose(overrides: list[str], conf: Path = CONF) -> dict:
