@@ -58,16 +58,21 @@ def _read(path: Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
+def _known(cell: dict) -> bool:
+    """Whether a figure is defined: None in files and NaN before they are written say that it is not."""
+    return not (pd.isna(cell["value"]) or cell["interval"][0] is None)
+
+
 def _cell(cell: dict, scale: float = 100) -> str:
     low, high = cell["interval"]
-    if cell["value"] is None or low is None or cell["value"] != cell["value"]:
+    if not _known(cell):
         return "n/a"
     return f"{scale * cell['value']:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
 def _correlation(cell: dict) -> str:
     low, high = cell["interval"]
-    if cell["value"] is None or low is None or cell["value"] != cell["value"]:
+    if not _known(cell):
         return "n/a: it does not vary"
     return f"{cell['value']:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -106,12 +111,15 @@ def methods_table(path: Path) -> pd.DataFrame:
 
 def long_table(path: Path) -> pd.DataFrame:
     """Columns method, metric, value, low, high; for figures.metrics_figure."""
+    return _long({m: r["metrics"] for m, r in _read(path)["methods"].items() if m != "empty"})
+
+
+def _long(methods: dict[str, dict[str, dict]]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {"method": m, "metric": k, "value": c["value"], "low": c["interval"][0], "high": c["interval"][1]}
-            for m, r in _read(path)["methods"].items()
-            if m != "empty"
-            for k, c in r["metrics"].items()
+            for m, cells in methods.items()
+            for k, c in cells.items()
         ]
     )
 
@@ -175,13 +183,7 @@ def capture_table(metrics: dict, mode: str) -> pd.DataFrame:
 
 def capture_long(metrics: dict, mode: str) -> pd.DataFrame:
     """The same, every score: columns method, metric, value, low, high; for figures.metrics_figure."""
-    return pd.DataFrame(
-        [
-            {"method": m, "metric": k, "value": c["value"], "low": c["interval"][0], "high": c["interval"][1]}
-            for m, modes in metrics["methods"].items()
-            for k, c in modes[mode].items()
-        ]
-    )
+    return _long({m: modes[mode] for m, modes in metrics["methods"].items()})
 
 
 def comparison_table(metrics: dict, mode: str) -> pd.DataFrame:
