@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 
 from cim.encoders import load_text_encoder
-from cim.gallery import IMAGES, INFO, ROWS, TEXTS
-from cim.gallery_files import SCHEMA, described, write_array, write_json, write_rows
-from cim.index import blocks
+from cim.gallery.store import IMAGES, INFO, ROWS, TEXTS
+from cim.gallery.files import SCHEMA, described, write_array, write_json, write_rows
+from cim.gallery.search import blocks
 
 RESULTS = Path("results/benchmarks")
 GALLERIES = Path("artifacts/benchmarks")

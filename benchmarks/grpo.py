@@ -16,7 +16,7 @@ import torch
 from common import report
 from transformers import TrainerCallback
 
-from cim.settings import read_params
+from cim.params import read_params
 from cim.train.grpo import prepare
 
 

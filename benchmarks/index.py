@@ -31,9 +31,10 @@ from common import (
     synthetic_texts,
 )
 
-from cim import figures, rewards
+from cim.report import figures
+from cim import rewards
 from cim.encoders import load_text_encoder
-from cim.index import KINDS, ExactSearch, build_index, calibrate, open_search, recall_at_k
+from cim.gallery.search import KINDS, ExactSearch, build_index, calibrate, open_search, recall_at_k
 
 K = 3
 

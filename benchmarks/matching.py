@@ -24,12 +24,12 @@ import numpy as np
 import pandas as pd
 from common import TEXT, arguments, report, seconds
 
-from cim.capture.evaluate import evaluate
-from cim.capture.graphs import SceneGraph
-from cim.capture.labels import load_labels
-from cim.capture.matching import Sample, score_all
-from cim.capture.parsers import PatternParser
-from cim.capture.synonyms import WordNet, load_wordnet
+from cim.evaluation.capture.evaluate import evaluate
+from cim.evaluation.capture.graphs import SceneGraph
+from cim.data.labels import load_labels
+from cim.evaluation.capture.matching import Sample, score_all
+from cim.evaluation.capture.parsers import PatternParser
+from cim.evaluation.capture.synonyms import WordNet, load_wordnet
 from cim.encoders import load_text_encoder
 
 KINDS, WHAT = ("object", "attribute", "relation"), ("precision", "recall", "f1")

@@ -35,7 +35,7 @@ from common import (
 from memory import memory
 
 from cim.encoders import load_text_encoder
-from cim.index import KINDS, recall_at_k
+from cim.gallery.search import KINDS, recall_at_k
 
 PEER_CAPTIONS = 40
 
@@ -74,7 +74,7 @@ def peer(folder: Path, captions: list[str], sources: np.ndarray) -> tuple[dict, 
 
 def child(folder: Path, precision: str, captions: list[str], ids: list[str], sources: dict, repeats: int) -> dict:
     """What one kind of index takes, in this process; captions of one batch, as in a GRPO step."""
-    from cim.gallery import load_gallery
+    from cim.gallery.store import load_gallery
     from cim.scorer import RewardSettings, Scorer
 
     text = load_text_encoder(TEXT, precision=precision)
@@ -170,7 +170,7 @@ def main() -> None:
 
 def kind_folder(folder: Path, kind: str) -> Path:
     """The same gallery with another kind of index: its vectors are hard links."""
-    from cim.gallery_build import rebuild_index
+    from cim.gallery.build import rebuild_index
 
     if kind == "exact":
         return folder

@@ -33,7 +33,7 @@ def reference():
 
 @pytest.fixture(scope="session")
 def raw_data(tmp_path_factory):
-    from cim.rawdata import make_raw_data
+    from cim.world.raw import make_raw_data
 
     folder = tmp_path_factory.mktemp("raw") / "data"
     make_raw_data(folder, ROOT / "data.dvc")
@@ -43,8 +43,8 @@ def raw_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, raw_data):
     """A small data set of the small world; its manifest."""
-    from cim.dataset import DatasetSettings, make_dataset
-    from cim.manifest import read_manifest
+    from cim.data.dataset import DatasetSettings, make_dataset
+    from cim.data.manifest import read_manifest
 
     settings = DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8)
     return read_manifest(make_dataset(settings, tmp_path_factory.mktemp("world") / "dataset"))
@@ -53,7 +53,7 @@ def world(tmp_path_factory, raw_data):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory, world):
     """An OpenCLIP folder of the real architecture, hardly trained."""
-    from cim.encoder_training import EncoderTrainingSettings, train_encoder
+    from cim.world.encoder import EncoderTrainingSettings, train_encoder
 
     settings = EncoderTrainingSettings(
         trunk="test_resnet", embed_dim=32, seed=0, batch_size=32, crop_epochs=1, scene_epochs=1, trunk_lr=4e-3,
@@ -73,8 +73,8 @@ def encoders(encoder_folder):
 
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory, world, encoders):
-    from cim.gallery import GallerySettings, load_gallery
-    from cim.gallery_build import build_gallery
+    from cim.gallery.store import GallerySettings, load_gallery
+    from cim.gallery.build import build_gallery
 
     folder = tmp_path_factory.mktemp("gallery") / "gallery"
     build_gallery(world, GallerySettings(splits=["gallery", "train"]), *encoders, folder)
@@ -83,7 +83,7 @@ def gallery(tmp_path_factory, world, encoders):
 
 @pytest.fixture(scope="session")
 def captioner_folder(tmp_path_factory, world, encoder_folder):
-    from cim.captioner import CaptionerSettings, train_captioner
+    from cim.world.captioner import CaptionerSettings, train_captioner
 
     settings = CaptionerSettings(
         prompt=PROMPT, hidden_size=32, layers=1, heads=2, seed=0, batch_size=16, fact_steps=60,

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cim import cli, gallery_build
+from cim.cli import __main__ as cli
+from cim.gallery import build as gallery_build
 from cim.errors import CimError
-from cim.gallery import GallerySettings, fingerprint, load_gallery
-from cim.gallery_build import add_to_gallery, build_gallery, rebuild_index
-from cim.sources import Record, Shard, open_stored, shards_of
+from cim.gallery.store import GallerySettings, fingerprint, load_gallery
+from cim.gallery.build import add_to_gallery, build_gallery, rebuild_index
+from cim.gallery.shards import Record, Shard, open_stored, shards_of
 from conftest import ROOT
 
 SETTINGS = GallerySettings(splits=["-"], shard_rows=8)
@@ -431,7 +432,7 @@ def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
 
 
 def test_scoring_goes_on_after_a_kill(photos, encoders, monkeypatch):
-    from cim import caption_scores
+    from cim import score_files as caption_scores
     from cim.scorer import load_scorer
 
     folder, asked_file, _ = photos

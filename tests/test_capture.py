@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cim.capture.graphs import SceneGraph
-from cim.capture.labels import load_labels, read_captions
-from cim.capture.matching import MODES, Sample, Similarity, paper_match, score_all, strict_match
-from cim.capture.parsers import CachedParser, PatternParser, sentences_of
-from cim.capture.synonyms import load_wordnet
+from cim.evaluation.capture.graphs import SceneGraph
+from cim.data.labels import load_labels, read_captions
+from cim.evaluation.capture.matching import MODES, Sample, Similarity, paper_match, score_all, strict_match
+from cim.evaluation.capture.parsers import CachedParser, PatternParser, sentences_of
+from cim.evaluation.capture.synonyms import load_wordnet
 from cim.encoders import load_text_encoder
 from cim.errors import CimError
 
@@ -70,9 +70,9 @@ def test_the_hash_seed_changes_nothing(vectors, wordnet, tmp_path):
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_capture import letters, sample_of
-from cim.capture.matching import score_all
-from cim.capture.parsers import PatternParser
-from cim.capture.synonyms import load_wordnet
+from cim.evaluation.capture.matching import score_all
+from cim.evaluation.capture.parsers import PatternParser
+from cim.evaluation.capture.synonyms import load_wordnet
 wordnet, vectors = load_wordnet(), json.load(open({str(tmp_path / "vectors.json")!r}))
 print([score_all([sample_of(v) for v in vectors], letters, wordnet, mode) for mode in ("paper", "strict")])
 print(PatternParser(wordnet).parse([v["candidate"] for v in vectors]))

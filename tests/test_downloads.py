@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import pytest
 
-from cim import cli, downloads
-from cim.downloads import Archive, Source, fetch, unpack
+from cim.cli import __main__ as cli
+from cim.data import downloads
+from cim.data.downloads import Archive, Source, fetch, unpack
 from cim.errors import CimError
 
 
@@ -212,8 +213,8 @@ def at_hub(hub, tmp_path, code, *arguments, offline="0"):
 
 LOAD = """
 import sys
-from cim.cli import one_line_errors
-from cim.models import ModelSettings, load_model
+from cim.cli.__main__ import one_line_errors
+from cim.captioners.models import ModelSettings, load_model
 with one_line_errors():
     load_model(ModelSettings(name=sys.argv[1], prompt="x", revision=sys.argv[2] or None))
 """

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cim import cli
-from cim.capture import parsers
-from cim.capture.evaluate import agreement, evaluate
-from cim.capture.graphs import SceneGraph
-from cim.capture.labels import Labels, labels_of
-from cim.capture.matching import Sample, Similarity, relations_recalled
-from cim.capture.parsers import FactualParser
-from cim.capture.readers import (
+from cim.cli import __main__ as cli
+from cim.evaluation.capture import parsers
+from cim.evaluation.capture.evaluate import agreement, evaluate
+from cim.evaluation.capture.graphs import SceneGraph
+from cim.data.labels import Labels, labels_of
+from cim.evaluation.capture.matching import Sample, Similarity, relations_recalled
+from cim.evaluation.capture.parsers import FactualParser
+from cim.evaluation.capture.readers import (
     AlwaysYes,
     ServerReader,
     TransformersReader,
@@ -25,8 +25,8 @@ from cim.capture.readers import (
     question_scores,
     read_all,
 )
-from cim.capture.significance import holm, paired_permutation
-from cim.capture.synonyms import load_wordnet
+from cim.evaluation.capture.significance import holm, paired_permutation
+from cim.evaluation.capture.synonyms import load_wordnet
 from cim.errors import CimError
 from cim.world.graphs import WorldParser, WorldReader
 
@@ -179,7 +179,7 @@ def test_question_scores():
 
 
 def test_a_published_accuracy_is_mostly_yes(reference):
-    from cim.capture.labels import load_labels
+    from cim.data.labels import load_labels
 
     labels = load_labels(reference / "cocoln500")
     scores = question_scores(read_all(AlwaysYes(), labels.references, labels.questions))

@@ -10,9 +10,9 @@ from PIL import Image
 from cim import rewards
 from cim.encoders import load_image_encoder, load_text_encoder
 from cim.errors import CimError
-from cim.gallery import GallerySettings, drop_excluded, load_gallery
-from cim.gallery_build import build_gallery
-from cim.manifest import Manifest
+from cim.gallery.store import GallerySettings, drop_excluded, load_gallery
+from cim.gallery.build import build_gallery
+from cim.data.manifest import Manifest
 from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward, variety
 

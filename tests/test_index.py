@@ -6,7 +6,7 @@ import torch
 
 from cim import index as module
 from cim.errors import CimError
-from cim.index import (
+from cim.gallery.search import (
     KINDS,
     ExactSearch,
     FaissSearch,

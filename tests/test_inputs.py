@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from cim.correlation import graded_captions
-from cim.dataset import DatasetSettings, make_dataset
+from cim.evaluation.correlation import graded_captions
+from cim.data.dataset import DatasetSettings, make_dataset
 from cim.errors import CimError
-from cim.manifest import open_image, read_manifest, write_manifest
-from cim.rawdata import directory_hash, make_raw_data
+from cim.data.manifest import read_manifest, write_manifest
+from cim.images import open_image
+from cim.world.raw import directory_hash, make_raw_data
 from cim.scorer import RewardSettings
-from cim.settings import group, read_params
-from cim.workspace import compose
+from cim.params import group, read_params
+from cim.pipeline.workspace import compose
 from conftest import ROOT
 
 

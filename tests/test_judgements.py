@@ -7,11 +7,11 @@ import pytest
 from scipy import stats
 from scipy.io import savemat
 
-from cim import cli
+from cim.cli import __main__ as cli
 from cim.errors import CimError
-from cim.judgements import VOTES, agreement_with_people, find_images, load_judgements
+from cim.evaluation.judgements import VOTES, agreement_with_people, find_images, load_judgements
 from cim.scorer import RewardSettings, Scorer
-from cim.statistics import kendall, kendall_within
+from cim.evaluation.statistics import kendall, kendall_within
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 
-from cim.captioner import END, IMAGE, build_processor
+from cim.world.captioner import END, IMAGE, build_processor
 from cim.errors import CimError
-from cim.gallery import fingerprint
-from cim.generation import caption_images
-from cim.models import ModelSettings, chat, hold_batch_norm, load_model
+from cim.gallery.store import fingerprint
+from cim.captioners.generate import caption_images
+from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model
 from cim.runs import parse_run
-from cim.train.common import StepLog
+from cim.train.job import StepLog
 from cim.train.grpo import grpo_dataset, trim_samples
 from cim.train.sft import SftSettings, sft_captions
 from cim.world.language import BACKGROUND_PHRASES, describe

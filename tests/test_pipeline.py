@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cim import stages
+from cim.pipeline import stages
 from cim.runs import all_runs
-from cim.workspace import compose, prepare
+from cim.pipeline.workspace import compose, prepare
 from conftest import ROOT
 
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}

@@ -13,21 +13,21 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cim import stages
-from cim.captioner import CaptionerSettings
-from cim.correlation import CorrelationSettings
-from cim.dataset import DatasetSettings
-from cim.encoder_training import EncoderTrainingSettings
+from cim.pipeline import stages
+from cim.world.captioner import CaptionerSettings
+from cim.evaluation.correlation import CorrelationSettings
+from cim.data.dataset import DatasetSettings
+from cim.world.encoder import EncoderTrainingSettings
 from cim.encoders import EncoderSettings
-from cim.evaluation import EvaluateSettings
-from cim.gallery import GallerySettings
-from cim.generation import CaptionSettings
-from cim.models import ModelSettings
+from cim.evaluation.facts import EvaluateSettings
+from cim.gallery.store import GallerySettings
+from cim.captioners.generate import CaptionSettings
+from cim.captioners.models import ModelSettings
 from cim.scorer import RewardSettings
-from cim.settings import group
+from cim.params import group
 from cim.train.settings import TrainSettings
 from cim.train.sft import SftSettings
-from cim.workspace import compose, dump
+from cim.pipeline.workspace import compose, dump
 from conftest import ROOT
 
 SETTINGS = {
@@ -156,7 +156,7 @@ def test_what_git_holds_is_small():
 
 
 def test_the_readmes_figures_are_those_of_the_committed_results(tmp_path):
-    from cim.report import readme_table
+    from cim.report.tables import readme_table
 
     def committed(name: str) -> str:
         return subprocess.run(

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 
 import standins
-from cim import evaluation
+from cim.evaluation import facts as evaluation
 from cim.errors import CimError
-from cim.generation import CaptionSettings, caption_images, caption_runs
-from cim.manifest import read_manifest
-from cim.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
+from cim.captioners.generate import CaptionSettings, caption_images, caption_runs
+from cim.data.manifest import read_manifest
+from cim.captioners.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
 from cim.runs import all_runs
-from cim.settings import group
+from cim.params import group
 from cim.train import grpo, sft
-from cim.train.common import restore
-from cim.train.plan import Device, plan
-from cim.workspace import compose, prepare
+from cim.train.job import restore
+from cim.train.preflight import Device, plan
+from cim.pipeline.workspace import compose, prepare
 from conftest import ROOT
 
 
@@ -105,9 +105,9 @@ def paper(published, encoder_folder, model, *more):
 @pytest.fixture(scope="session")
 def prepared(published, encoder_folder, encoders, tmp_path_factory):
     """Data set and gallery of the paper's profile, made once: they do not depend on the model."""
-    from cim.dataset import DatasetSettings, make_dataset
-    from cim.gallery import GallerySettings
-    from cim.gallery_build import build_gallery
+    from cim.data.dataset import DatasetSettings, make_dataset
+    from cim.gallery.store import GallerySettings
+    from cim.gallery.build import build_gallery
 
     artifacts = tmp_path_factory.mktemp("prepared")
     params = paper(published, encoder_folder, "none")
@@ -267,8 +267,8 @@ def test_the_papers_profile_through_dvc(published, encoder_folder, tmp_path):
 
 def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
     """The motivation study's data in their own layout: images/, annotations/list.txt."""
-    from cim.correlation import graded_captions
-    from cim.dataset import DatasetSettings, make_dataset
+    from cim.evaluation.correlation import graded_captions
+    from cim.data.dataset import DatasetSettings, make_dataset
 
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
@@ -306,7 +306,7 @@ def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
     ],
 )
 def test_labels_in_another_layout_are_named(tmp_path, content, says):
-    from cim.dataset import DatasetSettings, make_dataset
+    from cim.data.dataset import DatasetSettings, make_dataset
 
     (tmp_path / "train_coco6k_sft.json").write_text(content)
     with pytest.raises(CimError, match=says):

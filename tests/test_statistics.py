@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from cim import correlation, evaluation, report, statistics
+from cim.evaluation import correlation, facts as evaluation, statistics
+from cim.report import tables as report
 from cim.world.scoring import COUNTS, FACTS
 
 
@@ -104,8 +105,8 @@ def test_summary_finds_a_score_that_follows_and_one_that_does_not(world, rng):
 def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
     import pyarrow as pa
 
-    from cim.gallery import Gallery
-    from cim.index import ExactSearch
+    from cim.gallery.store import Gallery
+    from cim.gallery.search import ExactSearch
 
     vectors = rng.normal(size=(3000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from cim.errors import CimError
-from cim.settings import group
-from cim.train.common import COMPLETE, check_precision, last_checkpoint
+from cim.params import group
+from cim.train.job import COMPLETE, check_precision, last_checkpoint
 from cim.train.launch import command, configuration
-from cim.train.plan import Device, duration, plan
+from cim.train.preflight import Device, duration, plan
 from cim.train.settings import TrainSettings, batches
-from cim.workspace import compose
+from cim.pipeline.workspace import compose
 from conftest import ROOT, train
 
 CALM = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -181,7 +181,7 @@ def test_settings_that_cannot_be_are_refused(changes, says):
 
 
 def test_sixteen_bit_weights_are_not_updated_themselves():
-    from cim.models import ModelSettings
+    from cim.captioners.models import ModelSettings
 
     model = ModelSettings(name="x", prompt="y", dtype="bfloat16")
     with pytest.raises(CimError, match="rounded away"):
@@ -232,8 +232,8 @@ def test_a_plan_tells_what_a_run_takes_and_starts_nothing(workspace):
 
 def test_the_plan_of_the_paper_on_its_machine_is_plausible():
     """Sizes as Qwen2.5-VL-7B has them; the estimates must lie where such runs are known to."""
-    from cim.models import ModelSettings
-    from cim.train.plan import GIB, Size, memory
+    from cim.captioners.models import ModelSettings
+    from cim.train.preflight import GIB, Size, memory
 
     params = compose(["profile=paper"], ROOT / "conf")
     s, model = group(TrainSettings, params["train"], "train"), group(ModelSettings, params["model"], "model")
@@ -268,8 +268,8 @@ def test_what_would_stop_a_run_stops_its_plan(workspace, changes, says):
 
 
 def test_missing_images_are_told_before_the_model_is_loaded(workspace):
-    from cim.manifest import read_manifest, write_manifest
-    from cim.train.common import training_images
+    from cim.data.manifest import read_manifest, write_manifest
+    from cim.train.job import training_images
 
     manifest = read_manifest(workspace / "artifacts" / "dataset" / "manifest.parquet")
     frame = manifest.frame.copy()
@@ -281,7 +281,7 @@ def test_missing_images_are_told_before_the_model_is_loaded(workspace):
 
 
 def test_the_plan_from_the_command_line(workspace, capsys):
-    from cim import cli
+    from cim.cli import __main__ as cli
 
     cli.main(["train", "--run", "cim-0", "--plan", "--processes", "1"])
     told = capsys.readouterr().out

@@ -165,8 +165,8 @@ def test_the_manifest_of_the_world(world):
 
 
 def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):
-    from cim.dataset import DatasetSettings, make_dataset
-    from cim.manifest import read_manifest
+    from cim.data.dataset import DatasetSettings, make_dataset
+    from cim.data.manifest import read_manifest
 
     again = read_manifest(
         make_dataset(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from cim.settings import read_params
+from cim.params import read_params
 from cim.train.grpo import prepare
 
 SAID = (

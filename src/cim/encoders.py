@@ -15,53 +15,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import PositiveInt
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cim.errors import CimError
-from cim.manifest import open_image
-from cim.settings import require
-
-# bfloat16 computes in it only where the hardware does so fast, and in float32 elsewhere.
-PRECISIONS = ("float32", "bfloat16")
+from cim.images import open_image
+from cim.params import Settings
+from cim.processes import bfloat16_if_fast, default_device
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
+class EncoderSettings(Settings):
     """The `encoders` group: which text and image encoder, how many inputs at once, and the text's precision."""
 
     text: str
     image: str
-    text_batch: int = 32
-    image_batch: int = 128
-    text_precision: str = "float32"
-
-    def __post_init__(self):
-        require(self.text_precision in PRECISIONS, f"text_precision must be one of {', '.join(PRECISIONS)}")
-        require(self.text_batch > 0, "text_batch must be positive")
-        require(self.image_batch > 0, "image_batch must be positive")
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16, rather than emulating it."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def bfloat16_if_fast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the hardware computes in it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bfloat16(device))
+    text_batch: PositiveInt = 32
+    image_batch: PositiveInt = 128
+    # bfloat16 is used only where the hardware computes in it; elsewhere it means float32.
+    text_precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class TextEncoder:

@@ -1,8 +1,24 @@
-"""The one exception a user is meant to read."""
+"""The one exception that a user should see, and how commands report it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CimError(Exception):
-    """A problem that the user can mend; its message names the file or parameter and the mend.
+    """A problem that the user can fix; the message names the file or parameter and how to fix it.
 
-    The command line prints it as one line and exits with status 2.
+    Commands print it as one line and exit with status 2.
     """
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a CimError as one line and exit with status 2."""
+    try:
+        yield
+    except CimError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

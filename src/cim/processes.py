@@ -1,4 +1,4 @@
-"""The processes that work together, however they were started: alone, by accelerate or by torchrun."""
+"""The processes and devices of a run, however it was started: alone, by accelerate or by torchrun."""
 
 from __future__ import annotations
 
@@ -7,5 +7,20 @@ from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """This process's place among them; on a CPU accelerate looks for others only when told that it is one."""
+    """This process and its peers; on a CPU accelerate looks for peers only when told that it is one."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def default_device() -> torch.device:
+    """This process's own GPU, or the CPU."""
+    return processes().device if torch.cuda.is_available() else torch.device("cpu")
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16, rather than emulating it."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def bfloat16_if_fast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the hardware computes in it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bfloat16(device))

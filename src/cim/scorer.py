@@ -1,9 +1,8 @@
-"""From captions to rewards: one pass of search and gather for a batch, and the callable that TRL takes."""
+"""From captions to rewards: one pass of encoding, search and gathering for a whole batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,29 +10,24 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL.Image import Image
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cim import rewards
+from cim.data.manifest import Manifest
 from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from cim.errors import CimError
-from cim.gallery import Gallery, load_gallery, read_info
-from cim.manifest import Manifest, open_image
-from cim.runs import REWARDS
-from cim.settings import require
+from cim.gallery.store import Gallery, load_gallery, read_info
+from cim.images import open_image
+from cim.params import Settings
 
 
-@dataclass(frozen=True)
-class RewardSettings:
+class RewardSettings(Settings):
     """The `reward` group: K images are retrieved; CIM = GRC + beta * QIR; lambda(r) = decay^(r-1)."""
 
-    k: int = 3
-    beta: float = 1.0
-    decay: float = 0.5
+    k: PositiveInt = 3
+    beta: NonNegativeFloat = 1.0
+    decay: float = Field(0.5, gt=0, le=1)
     exclude_source: bool = True
-
-    def __post_init__(self):
-        require(self.k >= 1, f"k must be at least 1, not {self.k}")
-        require(self.beta >= 0, f"beta cannot be negative, as {self.beta} is")
-        require(0 < self.decay <= 1, f"decay must lie in (0, 1], unlike {self.decay}")
 
 
 class Scorer:
@@ -159,48 +153,3 @@ def load_scorer(
     text = load_text_encoder(info["text_encoder"]["spec"], device=device, precision=text_precision)
     image = load_image_encoder(info["image_encoder"]["spec"], device=device)
     return Scorer(load_gallery(folder, text, image), text, image, settings)
-
-
-def trl_reward(scorer: Scorer, name: str):
-    """The reward `name` as TRL calls it: a batch of completions and the data set's columns in, floats out.
-
-    GRC and QIR are logged beside it whatever is optimised, and how varied the completions are.
-
-    Raises:
-        CimError: for an unknown name.
-    """
-    if name not in REWARDS:
-        raise CimError(f"reward '{name}' is not known; there are {', '.join(REWARDS)}")
-
-    def reward(completions, image_id, log_metric=None, **columns) -> list[float]:
-        captions = [completion_text(c) for c in completions]
-        scores = scorer.retrieval_scores(captions, image_id)
-        if name not in scores:
-            scores = scores.join(scorer.paired_scores(captions, image_id))
-        if log_metric is not None:
-            for column in scores:
-                log_metric(f"score/{column}", float(scores[column].mean()))
-            for key, value in variety(captions).items():
-                log_metric(f"variety/{key}", value)
-        return scores[name].tolist()
-
-    reward.__name__ = name
-    return reward
-
-
-def completion_text(completion) -> str:
-    """The text of a completion, plain or conversational."""
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def variety(captions: Sequence[str]) -> dict[str, float]:
-    """What shows a collapse: share of distinct captions, share of the most common one, mean words."""
-    counts = pd.Series(list(captions)).value_counts()
-    return {
-        "distinct": len(counts) / len(captions),
-        "most_common": float(counts.iloc[0]) / len(captions),
-        "words": float(np.mean([len(c.split()) for c in captions])),
-    }

@@ -1,1 +1,1 @@
-"""GRPO with a retrieval reward (grpo), supervised fine-tuning as its baseline (sft), and what both share (common)."""
+"""GRPO with retrieval rewards, supervised fine-tuning as its baseline, and what both share."""

@@ -1,4 +1,4 @@
-"""One training run; the notebook notebooks/train.ipynb starts it, and it can be started by hand as well:
+"""One training run. notebooks/train.ipynb starts it; by hand:
 
     accelerate launch --num_processes 1 --cpu -m cim.train --run cim-0              two CPU cores
     accelerate launch --num_processes 1 -m cim.train --run cim-0                    one GPU
@@ -6,7 +6,7 @@
 
 A run is METHOD-SEED: the method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), sft
 (captions as annotators write them) or sft_perfect (captions that leave out nothing and err nowhere).
-Killed, the same command goes on from the last checkpoint.
+If interrupted, rerun the same command: it resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from cim.cli import one_line_errors
-from cim.errors import CimError
+from cim.errors import CimError, one_line_errors
+from cim.params import read_params
 from cim.runs import SFT_METHODS, parse_run
-from cim.settings import read_params
 
 
 def main() -> None:
@@ -38,8 +37,8 @@ def main() -> None:
             train(arguments.run, read_params(arguments.params), arguments.artifacts)
         except torch.OutOfMemoryError as error:
             raise CimError(
-                f"the GPU's memory did not suffice ({' '.join(str(error).split())[:120]}); lower train.per_device, "
-                "train.max_completion or model.max_pixels, or set train.gradient_checkpointing, and run the same again"
+                f"the GPU's memory did not suffice ({' '.join(str(error).split())[:120]}); lower compute.per_device "
+                "or model.max_pixels, or set compute.gradient_checkpointing, and rerun the same command to resume"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""The model card that a trained run is left with."""
+"""The model card that a trained run is saved with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from cim.models import ModelSettings
+from cim.captioners.models import ModelSettings
 from cim.runs import SFT_METHODS, parse_run
 
 CARD = """---
@@ -27,8 +27,8 @@ Asked with: `{prompt}`
 
 ## Limits
 
-The weights keep the licence of `{base}`. The reward looks at what a caption retrieves: what retrieval by text does
-not see, such as form, it does not teach.
+The weights keep the licence of `{base}`. The reward compares what a caption retrieves, so it cannot teach what text
+retrieval ignores, such as grammar.
 """
 ABOUT = {
     "rl": "Trained by GRPO with a retrieval reward (Cross-modal Identity Mapping, arXiv 2603.01696). No caption of the "

@@ -9,16 +9,19 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
+from cim.data.manifest import Manifest
 from cim.encoders import EncoderSettings, load_encoders
 from cim.errors import CimError
-from cim.gallery import load_gallery
-from cim.manifest import Manifest
+from cim.files import write_text
+from cim.gallery.store import load_gallery
+from cim.params import group
 from cim.processes import processes
 from cim.runs import reward_of
-from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward
-from cim.settings import group
-from cim.train.common import Job, with_fitted_images
-from cim.train.settings import TrainSettings, batches
+from cim.scorer import RewardSettings, Scorer
+from cim.train import checkpoints
+from cim.train.job import Job, with_fitted_images
+from cim.train.reward import completion_text, trl_reward
+from cim.train.settings import ComputeSettings, TrainSettings, batches
 
 
 def grpo_dataset(manifest: Manifest, prompt: str, max_pixels: int | None = None) -> Dataset:
@@ -60,27 +63,29 @@ class SampleLog:
 
 def trim_samples(path: Path, resume: str | None) -> None:
     """Drop samples that a resumed run will write again."""
-    if not path.is_file():
-        return
-    upto = int(resume.rpartition("-")[2]) if resume else 0
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < upto]
-    path.write_text("".join(line + "\n" for line in kept))
+    if processes().is_main_process and path.is_file():
+        upto = int(resume.rpartition("-")[2]) if resume else 0
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < upto]
+        write_text(path, "".join(line + "\n" for line in kept))
+    processes().wait_for_everyone()
 
 
-def vllm_options(settings: TrainSettings) -> dict:
+def vllm_options(compute: ComputeSettings) -> dict:
     """Where captions are sampled, as TRL takes it.
 
     Raises:
         CimError: where vllm is wanted and not installed.
     """
-    if settings.vllm == "off":
+    if compute.vllm == "off":
         return {}
     if find_spec("vllm") is None:
-        raise CimError(f"parameters: train.vllm={settings.vllm}, but vllm is not installed; run 'pip install cim[gpu]'")
-    options = {"use_vllm": True, "vllm_mode": settings.vllm}
-    if settings.vllm == "server":
-        return options | {"vllm_server_base_url": settings.vllm_url}
-    return options | {"vllm_gpu_memory_utilization": settings.vllm_memory, "vllm_enable_sleep_mode": True}
+        raise CimError(
+            f"parameters: compute.vllm={compute.vllm}, but vllm is not installed; run 'pip install cim[gpu]'"
+        )
+    options = {"use_vllm": True, "vllm_mode": compute.vllm}
+    if compute.vllm == "server":
+        return options | {"vllm_server_base_url": compute.vllm_url}
+    return options | {"vllm_gpu_memory_utilization": compute.vllm_memory, "vllm_enable_sleep_mode": True}
 
 
 def reference_options(job: Job) -> dict | None:
@@ -89,28 +94,26 @@ def reference_options(job: Job) -> dict | None:
     return {"revision": model.revision} if model.revision else None
 
 
-def prepare(run: str, params: dict, artifacts: Path) -> tuple[Job, Any, str | None]:
-    """Everything that a run needs before its first step: the job, TRL's trainer, and the checkpoint to go on from."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    reward_settings = group(RewardSettings, params.get("reward"), "reward")
-    encoders = group(EncoderSettings, params.get("encoders"), "encoders")
-    job = Job.start(run, params, artifacts)
-    settings = job.settings
-    text, image = load_encoders(encoders)
-    scorer = Scorer(load_gallery(artifacts / "gallery", text, image), text, image, reward_settings)
+def load_scorer(job: Job, artifacts: Path) -> Scorer:
+    """The scorer of the run's images, checked before anything is sampled."""
+    text, image = load_encoders(group(EncoderSettings, job.params.get("encoders"), "encoders"))
+    settings = group(RewardSettings, job.params.get("reward"), "reward")
+    scorer = Scorer(load_gallery(artifacts / "gallery", text, image), text, image, settings)
     scorer.add_sources(job.images, progress=True)
     scorer.add_sources(job.validation)
     # A k that the gallery cannot give fails here, not after the first rollout.
     scorer.retrieval_scores([job.images.captions[0]], [job.images.frame["image_id"][0]])
+    return scorer
 
-    made_of = {name: params[name] for name in ("train", "reward", "encoders")}
-    cut = batches(settings, len(job.images), processes().num_processes)
-    for line in cut.lines(settings, len(job.images), processes().num_processes):
+
+def make_trainer(job: Job, scorer: Scorer, checkpoints_at: Path) -> Any:
+    """TRL's trainer for the job."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    settings, world = job.settings, processes().num_processes
+    cut = batches(settings, job.compute.per_device, len(job.images), world)
+    for line in cut.lines(settings, len(job.images), world):
         print(line, flush=True)
-    resume = job.resume_from(made_of | {"gallery": scorer.gallery.info})
-    samples = job.out / "samples.jsonl"
-    trim_samples(samples, resume)
     config = GRPOConfig(
         max_steps=cut.updates,
         per_device_train_batch_size=cut.per_device,
@@ -126,21 +129,37 @@ def prepare(run: str, params: dict, artifacts: Path) -> tuple[Job, Any, str | No
         warmup_steps=min(settings.warmup_steps, cut.updates),
         beta=settings.kl,
         model_init_kwargs=reference_options(job),
-        **vllm_options(settings),
-        **job.trainer_arguments("eval_reward"),
+        **vllm_options(job.compute),
+        **job.trainer_arguments("eval_reward", checkpoints_at),
     )
     prompt, pixels = job.model_settings.prompt, job.model_settings.max_pixels
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         args=config,
-        reward_funcs=SampleLog(trl_reward(scorer, reward_of(job.method)), samples),
+        reward_funcs=SampleLog(trl_reward(scorer, reward_of(job.method)), job.out / "samples.jsonl"),
         train_dataset=grpo_dataset(job.images, prompt, pixels),
         eval_dataset=grpo_dataset(job.validation, prompt, pixels) if len(job.validation) else None,
         **job.trainer_parts(),
     )
-    return job, trainer, resume
 
 
 def train(run: str, params: dict, artifacts: Path) -> None:
-    """Train on the run's reward; write model, log.json and samples.jsonl to artifacts/train/RUN."""
-    job, trainer, resume = prepare(run, params, artifacts)
-    job.finish(trainer, resume, params)
+    """Train on the run's reward; write model, log.json and samples.jsonl to artifacts/train/RUN.
+
+    Weights that were made from the same inputs are kept.
+    """
+    job = Job.start(run, params, artifacts)
+    scorer = load_scorer(job, artifacts)
+    made_from = job.made_from(
+        "cim.train.grpo",
+        TrainSettings.model_fields,
+        reward=scorer.settings.model_dump(),
+        precision=params["encoders"].get("text_precision"),
+        gallery={name: marks["whole"] for name, marks in scorer.gallery.info["files"].items()},
+    )
+    digest = checkpoints.inputs_digest(made_from)
+    if checkpoints.is_trained(job.out, digest):
+        print(f"kept: {job.out} was trained from the same inputs ({digest})", flush=True)
+        return
+    resume = checkpoints.last_checkpoint(job.checkpoints / digest)
+    trim_samples(job.out / "samples.jsonl", resume)
+    job.finish(make_trainer(job, scorer, job.checkpoints / digest), resume, made_from)

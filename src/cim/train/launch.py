@@ -1,4 +1,4 @@
-"""How a run is started: by accelerate, with its own choice of devices or a configuration file."""
+"""Starting a run with accelerate, on all devices of this machine or as a configuration file says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from cim.errors import CimError
 
-TOLD = ("step", "WARNING", "resuming", "error", "kept", "a rollout", "an update")
+SHOWN = ("step", "WARNING", "resuming", "error", "kept", "a rollout", "an update")
 
 
 def command(run: str, accelerate: str | None, devices: int) -> list[str]:
@@ -48,7 +48,7 @@ def configuration(accelerate: str | None) -> dict:
     try:
         return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise CimError(f"parameters: train.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
+        raise CimError(f"parameters: compute.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
 def processes(accelerate: str | None) -> int:
@@ -57,7 +57,7 @@ def processes(accelerate: str | None) -> int:
 
 
 def train(run: str, accelerate: str | None) -> Iterator[str]:
-    """Start a run and yield the lines of its log that a person wants to see.
+    """Start a run and yield the lines of its log that matter.
 
     Raises:
         CimError: with the run's own error, where it fails.
@@ -72,7 +72,7 @@ def train(run: str, accelerate: str | None) -> Iterator[str]:
     ) as process:
         for line in process.stdout:
             lines = [*lines[-200:], line]
-            if line.startswith(TOLD):
+            if line.startswith(SHOWN):
                 yield line.rstrip("\n")
     if process.returncode:
         errors = [line.removeprefix("error: ").strip() for line in lines if line.startswith("error: ")]

@@ -1,5 +1,6 @@
-"""The small world: scenes of OpenMoji art with full ground truth, and the English that describes them.
+"""The small world: scenes of OpenMoji drawings with complete ground truth, and the English that describes them.
 
-It stands in for photographs where none can be fetched. Everything a caption can say of a scene is
-known, so caption quality is measured exactly instead of estimated.
+It stands in for photographs where none can be downloaded. Everything that a caption can say about a scene is known, so
+caption quality is measured exactly instead of estimated. It knows nothing of the rest of the package: the registries in
+data/, evaluation/ and pipeline/ call it.
 """

@@ -1,28 +1,18 @@
-"""The small world's captions for cim.capture: its parser and its reader of questions, both exact and deterministic."""
+"""Scene graphs of the small world's captions, and answers from them, both exact and deterministic."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cim.capture.graphs import SceneGraph
-from cim.world.reader import CaptionGraph, answer, read_caption
+from cim.world.reader import answer, read_caption
 from cim.world.scenes import Scene
 from cim.world.vocabulary import generalisations
 
 BACKGROUND = "background"  # the object whose attributes are what lies behind the others
 
 
-class WorldParser:
-    """Graphs of captions in the small world's English; relations are turned as the reader turns them."""
-
-    name = "world"
-
-    def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
-        return [scene_graph(read_caption(caption)) for caption in captions]
-
-
 class WorldReader:
-    """Answers the small world's questions from captions by its grammar; no model is asked."""
+    """Answers the small world's questions from captions by its grammar, without a model."""
 
     name = "world"
 
@@ -30,8 +20,9 @@ class WorldReader:
         return [answer(question, read_caption(caption)) for caption, question in pairs]
 
 
-def scene_graph(read: CaptionGraph) -> SceneGraph:
-    """What a caption states, each thing once."""
+def scene_graph(caption: str) -> dict:
+    """What a caption states, each thing once: {"objects", "attributes", "relations"}, relations in reading order."""
+    read = read_caption(caption)
     attributes: dict[str, dict[str, None]] = {}
     for o in read.objects:
         if words := [*o.colours, *o.sizes]:
@@ -40,7 +31,7 @@ def scene_graph(read: CaptionGraph) -> SceneGraph:
         attributes[BACKGROUND] = dict.fromkeys(read.backgrounds)
     objects = dict.fromkeys([*(o.noun for o in read.objects), *([BACKGROUND] if read.backgrounds else [])])
     relations = dict.fromkeys((read.objects[a].noun, r, read.objects[b].noun) for a, r, b in read.relations)
-    return SceneGraph(tuple(objects), {name: tuple(words) for name, words in attributes.items()}, tuple(relations))
+    return {"objects": objects, "attributes": attributes, "relations": relations}
 
 
 def extended_lists(scene: Scene) -> tuple[list[str], Mapping[str, list[str]]]:

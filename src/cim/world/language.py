@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from cim.params import Settings, Share
 from cim.world.scenes import Scene, SceneObject
 from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, FAMILY_OF, INVERSE, KIND_OF, SIZES
 
@@ -29,21 +30,20 @@ BACKGROUND_PHRASES = {
 }
 
 
-@dataclass(frozen=True)
-class Detail:
+class Detail(Settings):
     """The chance that a caption keeps each kind of fact; 1 everywhere is the full caption.
 
     An object that is kept is called by its name with chance `name`, else by its family with chance
     `family` ("bird"), else by its kind ("animal").
     """
 
-    object: float = 1.0
-    name: float = 1.0
-    family: float = 1.0
-    colour: float = 1.0
-    size: float = 1.0
-    relation: float = 1.0
-    background: float = 1.0
+    object: Share = 1.0
+    name: Share = 1.0
+    family: Share = 1.0
+    colour: Share = 1.0
+    size: Share = 1.0
+    relation: Share = 1.0
+    background: Share = 1.0
 
 
 FULL = Detail()

@@ -1,1 +1,0 @@
-"""Captions judged against references: CAPTURE (arXiv 2405.19092) and SC-Captioner's refinement (arXiv 2508.06125)."""

@@ -1,0 +1,89 @@
+"""Stage `dataset`: any source of images and captions becomes one manifest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from cim.data import flickr8k, oxford_pet, sc_captioner
+from cim.data.manifest import with_digests, write_manifest
+from cim.params import Settings, require
+
+Objects = Annotated[int, Field(ge=2, le=4)]
+
+
+class DatasetSettings(Settings):
+    """The `dataset` group.
+
+    Attributes:
+        source: one of SOURCES.
+        folder: the raw data: drawings for the world, else the data set in its published layout.
+        images: where the images are; None for the place that the layout names.
+        train, test: how many images; of published data the first, or a random choice of so many, 0 for all.
+    """
+
+    source: str
+    folder: str
+    images: str | None = None
+    seed: int = 0
+    pretrain: NonNegativeInt = 0
+    train: NonNegativeInt = 0
+    test: NonNegativeInt = 0
+    min_objects: Objects = 3
+    max_objects: Objects = 3
+    looks: PositiveInt = 2
+    gallery_variants: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetSettings:
+        require(self.source in SOURCES, f"source '{self.source}' is unknown; choose one of {', '.join(SOURCES)}")
+        require(self.min_objects <= self.max_objects, "min_objects cannot be more than max_objects")
+        return self
+
+
+def make_dataset(settings: DatasetSettings, out: Path) -> Path:
+    """Write the manifest, and the images where they are drawn here, to `out`; return the manifest's path."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    frame, root = SOURCES[settings.source](settings, out)
+    counts = ", ".join(f"{count:,} images in split {split}" for split, count in frame["split"].value_counts().items())
+    print(f"dataset: {counts}", flush=True)
+    write_manifest(with_digests(frame, root), out / "manifest.parquet", root if root != out else None)
+    return out / "manifest.parquet"
+
+
+def make_raw_data(folder: Path, pointer: Path) -> str:
+    """Draw the small world's raw inputs, which data.dvc pins; see cim.world.raw."""
+    from cim.world import raw
+
+    return raw.make_raw_data(folder, pointer)
+
+
+def _world(s: DatasetSettings, out: Path) -> tuple[pd.DataFrame, Path]:
+    from cim.world.dataset import draw_dataset
+
+    frame = draw_dataset(
+        Path(s.folder) / "objects",
+        out,
+        s.seed,
+        pretrain=s.pretrain,
+        train=s.train,
+        test=s.test,
+        looks=s.looks,
+        gallery_variants=s.gallery_variants,
+        objects=(s.min_objects, s.max_objects),
+    )
+    return frame, out
+
+
+# Each takes the settings and the folder to draw to; returns the manifest's rows and the folder their images lie in.
+SOURCES = {
+    "world": _world,
+    "flickr8k": lambda s, out: flickr8k.read(Path(s.folder), s.images),
+    "sc_captioner": lambda s, out: sc_captioner.read(Path(s.folder), s.images, s.train, s.test, s.seed),
+    "oxford_pet": lambda s, out: oxford_pet.read(Path(s.folder), s.images, s.seed),
+}

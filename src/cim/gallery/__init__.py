@@ -1,0 +1,1 @@
+"""The gallery: captioned images on disk, built from streams of shards, searched by caption."""

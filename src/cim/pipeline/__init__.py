@@ -1,0 +1,1 @@
+"""The stages that dvc.yaml calls, a module each, and composing parameters for them."""

@@ -1,0 +1,68 @@
+"""Stage `captions`: greedy captions of the test images by the base model and by every run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from pydantic import PositiveInt
+
+from cim.captioners.generate import caption_images
+from cim.captioners.models import ModelSettings, load_model
+from cim.data.manifest import Manifest, read_manifest
+from cim.encoders import weights_digest
+from cim.files import read_json, write_json
+from cim.params import Names, Settings, group
+from cim.pipeline.paths import ARTIFACTS, MANIFEST, RESULTS
+from cim.runs import BASE, all_runs
+
+
+class CaptionSettings(Settings):
+    """The `captions` group: greedy captions of these splits."""
+
+    splits: Names
+    max_new_tokens: PositiveInt
+    batch: PositiveInt = 64
+
+
+def run(params: dict) -> None:
+    """Caption the splits with every run of the `runs` group."""
+    settings = group(CaptionSettings, params.get("captions"), "captions")
+    model = group(ModelSettings, params.get("model"), "model")
+    caption_runs(model, settings, all_runs(params["runs"]), ARTIFACTS / "train", RESULTS / "captions")
+
+
+def caption_runs(model: ModelSettings, settings: CaptionSettings, runs: list[str], trained: Path, out: Path) -> None:
+    """Write OUT/SPLIT/RUN.json, {image_id: caption}, for the base model and every run.
+
+    Files that were made of the same weights, images and settings are kept, so that a kill or one new run costs only
+    what is missing; files of other runs are removed.
+    """
+    manifest = read_manifest(MANIFEST)
+    parts = {split: manifest.split(split) for split in settings.splits}
+    sources = {BASE: model, **{run: model.at(trained / run) for run in runs}}
+    mark = out / "made_of.json"
+    made = read_json(mark) if mark.is_file() else {}
+    for run, source in sources.items():
+        loaded, processor = load_model(source)
+        made_of = {"weights": weights_digest(loaded), "model": source.model_dump(), "captions": settings.model_dump()}
+        for split, part in parts.items():
+            path = out / split / f"{run}.json"
+            of = made_of | {"images": _images_digest(part)}
+            if path.is_file() and made.get(f"{split}/{run}") == of:
+                print(f"{split}, {run}: kept", flush=True)
+                continue
+            captions = caption_images(loaded, processor, part, source, settings.max_new_tokens, settings.batch)
+            words = np.mean([len(c.split()) for c in captions])
+            print(f"{split}, {run}: {words:.1f} words, e.g. {captions[0]!r}", flush=True)
+            write_json(path, dict(zip(part.frame["image_id"], captions, strict=True)), indent=0)
+            write_json(mark, made := made | {f"{split}/{run}": of})
+    for path in out.glob("*/*.json"):
+        if path.stem not in sources or path.parent.name not in parts:
+            path.unlink()
+
+
+def _images_digest(manifest: Manifest) -> str:
+    listing = zip(manifest.frame["image_id"], manifest.frame["digest"], strict=True)
+    return hashlib.sha256(repr(list(listing)).encode()).hexdigest()[:16]

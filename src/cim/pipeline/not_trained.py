@@ -1,0 +1,20 @@
+"""What a stage leaves where the profile trains nothing in it."""
+
+from __future__ import annotations
+
+import json
+
+from cim.files import write_metrics, write_text
+from cim.pipeline.paths import ARTIFACTS, RESULTS
+
+
+def note_instead(stage: str, result: str, instead: dict[str, str]) -> None:
+    """Write what is used instead, in place of the stage's outputs.
+
+    Args:
+        result: the file that the stage writes to its folder of results.
+    """
+    write_metrics(ARTIFACTS / stage / "not_trained_here.json", instead)
+    text = json.dumps(instead) if result.endswith(".json") else "\n".join([*instead, *instead.values()])
+    write_text(RESULTS / stage / result, text + "\n")
+    print(f"{stage}: not trained here; used instead: {', '.join(instead.values())}")

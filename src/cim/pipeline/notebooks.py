@@ -1,0 +1,59 @@
+"""Running a stage's notebook with Papermill."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cim.errors import CimError
+from cim.pipeline.paths import REPORTS
+
+# Notebook stage -> the groups of params.yaml it is given: its own unpacked, the others whole.
+NOTEBOOKS = {
+    "gallery": ("encoders",),
+    "correlation": ("encoders", "model"),
+    "train": ("model", "reward", "sft"),
+    "evaluate": (),
+    "results": (),
+}
+
+
+def notebook_parameters(stage: str, params: dict, training_run: str | None = None) -> dict:
+    """What Papermill sets in the notebook's cell tagged "parameters"."""
+    missing = [name for name in (stage, *NOTEBOOKS[stage]) if name not in params]
+    if missing:
+        raise CimError(f"params.yaml: group '{missing[0]}' is missing; stage {stage} needs it")
+    own = dict(params[stage] or {}) if stage != "train" else {"run": training_run, "train": params["train"]}
+    return own | {name: params[name] for name in NOTEBOOKS[stage]}
+
+
+def run_notebook(stage: str, parameters: dict, report: str) -> None:
+    """Execute notebooks/<stage>.ipynb into reports/<report>.ipynb.
+
+    Where a cell fails, what ran is kept as reports/<report>.failed.ipynb and the last good report stays.
+
+    Raises:
+        CimError: with the failing cell's error in one line.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # Without this a backend that the terminal's environment names would leave the report without its figures.
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    REPORTS.mkdir(exist_ok=True)
+    target, failed = REPORTS / f"{report}.ipynb", REPORTS / f"{report}.failed.ipynb"
+    try:
+        papermill.execute_notebook(
+            f"notebooks/{stage}.ipynb",
+            str(failed),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            # Progress goes to the terminal as it comes, not only into the report.
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    except PapermillExecutionError as error:
+        what = error.evalue if error.ename == "CimError" else f"{error.ename}: {error.evalue}"
+        raise CimError(f"{' '.join(what.split())[:500]} (see {failed})") from None
+    failed.replace(target)

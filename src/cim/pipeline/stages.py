@@ -1,0 +1,24 @@
+"""The stages of dvc.yaml by name: a module with a function `run`, or a notebook."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from cim.errors import CimError
+from cim.params import read_params
+from cim.pipeline.notebooks import NOTEBOOKS, notebook_parameters, run_notebook
+
+MODULES = ("dataset", "encoder", "captioner", "captions", "site")
+STAGES = (*MODULES, *NOTEBOOKS)
+
+
+def run(stage: str, training_run: str | None = None) -> None:
+    """Run one stage in the current folder."""
+    params = read_params()
+    if stage in MODULES:
+        import_module(f"cim.pipeline.{stage}").run(params)
+        return
+    if stage == "train" and training_run is None:
+        raise CimError("stage train: name the run with --run METHOD-SEED, as in --run cim-0")
+    report = f"{stage}-{training_run}" if training_run else stage
+    run_notebook(stage, notebook_parameters(stage, params, training_run), report)

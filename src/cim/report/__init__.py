@@ -1,0 +1,1 @@
+"""Tables, figures and pages of what the pipeline measured; imports no model, so it runs without PyTorch."""
