@@ -1,25 +1,30 @@
-# make repro   set up and reproduce the whole pipeline (about 15 minutes on two CPU cores)
-# make test    set up and run the tests
-# make lab     set up and open JupyterLab
+# make repro       set up and reproduce the whole pipeline (about 10 minutes on two CPU cores)
+# make test        set up and run all tests; make test-fast leaves out what trains or runs the pipeline
+# make lab         set up and open JupyterLab on the notebooks
+# make site        the executed notebooks as web pages in site/
 # make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
-# make study   five seeds of CIM, three of each rival (some 40 minutes on two idle cores)
-# make benchmarks   speed and memory, beside the public way of computing the reward (about half an hour)
-# make wordnet   Debian's WordNet 3.0 in .wordnet, for cim evaluate (or have NLTK's)
-# make smoke   every stage in a few minutes, in a folder of its own
+# make study       five seeds of CIM, three of each rival (about 35 minutes)
+# make smoke       every stage on a small scale, in a folder of its own (a few minutes)
+# make benchmarks  speed and memory, beside the public way of computing the reward (about half an hour)
+# make wordnet     Debian's WordNet 3.0 in .wordnet, for cim evaluate (or have NLTK's)
+# make chromium    Debian's Chromium, for the browser tests
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
-# Nothing phones home, and nothing is downloaded behind the user's back.
+# Nothing sends usage data, and nothing is downloaded unasked.
 export DO_NOT_TRACK = 1
 export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+# Two test processes of one thread each are faster than one of two.
+WORKERS ?= 2
 
-.PHONY: repro test lab photos study smoke benchmarks wordnet lint data clean
+.PHONY: repro test test-fast lab site photos study smoke benchmarks wordnet chromium lint data clean
 
 SETUP := $(VENV)/.installed
+TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile
 
 $(SETUP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,22 +39,23 @@ repro: data
 	dvc repro
 
 test: $(SETUP)
-	pytest
+	$(TESTS)
+
+test-fast: $(SETUP)
+	$(TESTS) -m "not slow"
 
 lab: $(SETUP)
-	jupyter lab notebooks
+	jupyter lab --config=conf/jupyter_lab_config.py notebooks
+
+site: data
+	dvc repro site
 
 photos: $(SETUP)
-	@test -n "$(DATA)" || { echo "error: say which folder, in Flickr8k's layout: make photos DATA=path/to/flickr8k"; exit 2; }
-	cim pipeline runs/photos -S profile=photos -S "dataset.folder='$(abspath $(DATA))'" --stages dataset gallery correlation
-	rm -rf results/photos && mkdir -p results && cp -r runs/photos/results/correlation results/photos
+	@test -n "$(DATA)" || { echo "error: name a folder in Flickr8k's layout: make photos DATA=path/to/flickr8k"; exit 2; }
+	cim pipeline runs/photos correlation -S profile=photos -S "dataset.folder='$(abspath $(DATA))'" --publish results/photos
 
-study: data
-	cim pipeline runs/study -S profile=study --jobs 2
-	rm -rf results/study && mkdir -p results/study/train
-	cp runs/study/results/train/*.json results/study/train
-	cp -r runs/study/results/captions runs/study/results/evaluate results/study
-	cim run results
+study: $(SETUP)
+	cim pipeline runs/study evaluate -S profile=study --publish results/study
 
 smoke: $(SETUP)
 	cim pipeline runs/smoke -S profile=smoke
@@ -67,9 +73,12 @@ wordnet: .wordnet/usr/share/wordnet/index.sense
 	mkdir -p .wordnet
 	cd .wordnet && apt-get download -q wordnet-base wordnet-sense-index && for file in *.deb; do dpkg-deb -x "$$file" .; done
 
+chromium:
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -qy chromium chromium-driver; }
+
 lint: $(SETUP)
 	ruff check .
 	ruff format --check .
 
 clean:
-	rm -rf artifacts reports runs
+	rm -rf artifacts reports runs site

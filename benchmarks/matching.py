@@ -1,13 +1,13 @@
-"""CAPTURE's and SC-Captioner's matching beside the public way, on the same parse graphs, encoder and machine.
+"""CAPTURE's and SC-Captioner's matching compared with the public code, on the same parse graphs, encoder and machine.
 
     pip install --no-deps capture-metric FactualSceneGraph tabulate
     python benchmarks/matching.py --vectors capture_vectors.json
 
-The file holds samples with "candidate_graph" and "reference_graph" as cim.capture.graphs.SceneGraph.of reads them,
-"extra_objects" and "extra_attributes"; they are repeated, with other partners, until there are --samples of them. The
-public package (CAPTURE) wants its encoder set by hand, NLTK's downloads avoided and its parser, which is not used, left
-out. SC-Captioner's scores are in no package: the peer computes them as they are published, on that package's matching,
-embedding the phrases of each pair of objects when it comes to them.
+The file holds samples with "candidate_graph" and "reference_graph" as SceneGraph.of reads them, "extra_objects" and
+"extra_attributes"; they are repeated, with other partners, until there are --samples of them. The public package
+(CAPTURE) needs its encoder set by hand, and NLTK's downloads and its unused parser disabled. SC-Captioner's scores are
+in no package: the peer computes them as published, on that package's matching, embedding the phrases of each
+pair of objects when it comes to them.
 
 With --labels FOLDER (SC-Captioner's layout) also the time of a whole evaluation: its references, each given to
 another image, parsed by pattern, scored in both modes, with 10,000 resamples.
@@ -24,13 +24,13 @@ import numpy as np
 import pandas as pd
 from common import TEXT, arguments, report, seconds
 
+from cim.data.labels import load_labels
+from cim.encoders import load_text_encoder
 from cim.evaluation.capture.evaluate import evaluate
 from cim.evaluation.capture.graphs import SceneGraph
-from cim.data.labels import load_labels
-from cim.evaluation.capture.matching import Sample, score_all
+from cim.evaluation.capture.matching import Sample, Similarity, score
 from cim.evaluation.capture.parsers import PatternParser
 from cim.evaluation.capture.synonyms import WordNet, load_wordnet
-from cim.encoders import load_text_encoder
 
 KINDS, WHAT = ("object", "attribute", "relation"), ("precision", "recall", "f1")
 FIELDS = ["capture", *(f"{kind}_{what}" for kind in KINDS for what in WHAT)]
@@ -82,6 +82,11 @@ def public(wordnet: WordNet, model):
     return score
 
 
+def score_all(samples: list[Sample], encode, wordnet: WordNet) -> list[dict[str, float]]:
+    similarity = Similarity.of_samples(samples, encode, wordnet)
+    return [score(sample, similarity, "paper") for sample in samples]
+
+
 def whole_evaluation(folder: Path) -> dict[str, float]:
     """Seconds that the parts of `cim evaluate` take on a benchmark's own references, shifted by one image."""
     labels = load_labels(folder)
@@ -123,7 +128,7 @@ def main() -> None:
         embed = seconds(lambda: encoder.encode(phrases))  # noqa: B023
         wordnet = load_wordnet()
         out: list[dict] = []
-        ours = seconds(lambda: out.extend(score_all(samples, encoder.encode, wordnet, "paper")))  # noqa: B023
+        ours = seconds(lambda: out.extend(score_all(samples, encoder.encode, wordnet)))  # noqa: B023
         peer_score = public(load_wordnet(), encoder._model)
         asked = samples[: min(count, options.peer_samples)]
         theirs: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""The README's table of scale, from results/benchmarks/reward-1000000.json (a test holds the two together).
+"""The table of scale in docs/scale.md, from results/benchmarks/reward-1000000.json (a test compares the two).
 
 python benchmarks/readme.py
 """

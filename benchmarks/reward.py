@@ -1,9 +1,9 @@
-"""The whole reward beside the public server's way of computing it, in one run.
+"""The whole reward compared with the public server's way of computing it, in one run.
 
     python benchmarks/reward.py --rows 1000000 --captions captions.json
 
-Each way runs in a process of its own, so that its memory can be told. The peer gets fewer captions, as it
-takes as long for each. All are asked for the same rewards: GRC + QIR of the nearest three.
+Each way runs in its own process, whose memory is measured. The peer gets fewer captions, since it takes as long
+for each. All compute the same rewards: GRC + QIR of the nearest three.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import psutil
 import torch
 from common import (
     GALLERIES,
+    KINDS,
     TEXT,
     arguments,
     changes,
+    factory,
     gallery_folder,
     grouped_captions,
     images_of,
@@ -35,7 +37,10 @@ from common import (
 from memory import memory
 
 from cim.encoders import load_text_encoder
-from cim.gallery.search import KINDS, recall_at_k
+from cim.files import write_json
+from cim.gallery.build import rebuild_index
+from cim.gallery.search import recall_at_k
+from cim.gallery.store import IMAGES, INFO, ROWS, TEXTS, read_info
 
 PEER_CAPTIONS = 40
 
@@ -108,7 +113,7 @@ def child(folder: Path, precision: str, captions: list[str], ids: list[str], sou
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--child", nargs=2, help="run one way only and print it as JSON (used by the parent)")
     options = parser.parse_args()
     seeds = seed_captions(options.captions)
@@ -170,21 +175,20 @@ def main() -> None:
 
 def kind_folder(folder: Path, kind: str) -> Path:
     """The same gallery with another kind of index: its vectors are hard links."""
-    from cim.gallery.build import rebuild_index
-
+    info = read_info(folder)
+    other = GALLERIES / f"{folder.name}-{kind.replace(',', '-')}"
     if kind == "exact":
         return folder
-    other = GALLERIES / f"{folder.name}-{kind}"
-    if not (other / "index.faiss").is_file():
+    if not (other / INFO).is_file():
         other.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            if path.suffix != ".json":
-                (other / path.name).unlink(missing_ok=True)
-                (other / path.name).hardlink_to(path)
-        (other / "gallery.json").write_text((folder / "gallery.json").read_text())
+        for name in (TEXTS, IMAGES, ROWS):
+            (other / name).unlink(missing_ok=True)
+            (other / name).hardlink_to(folder / name)
+        write_json(other / INFO, info)
+    if read_info(other)["index"]["kind"] == "exact":
         start = time.perf_counter()
-        rebuild_index(other, kind, 0.99)
-        print(f"{kind}: index made in {time.perf_counter() - start:.0f} s", flush=True)
+        rebuild_index(other, factory(kind, info["rows"]), 0.99)
+        print(f"{kind}: index built in {time.perf_counter() - start:.0f} s", flush=True)
     return other
 
 

@@ -1,8 +1,7 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
 import os
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -60,7 +59,8 @@ def encoder_folder(tmp_path_factory, world):
         clip_steps=2, clip_batch=16, clip_lr=1e-3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
-    train_encoder(world.split("pretrain"), settings, folder)
+    pretrain = world.split("pretrain")
+    train_encoder(pretrain.image_paths, pretrain.frame["scene"], pretrain.captions, settings, folder)
     return folder
 
 
@@ -73,11 +73,13 @@ def encoders(encoder_folder):
 
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory, world, encoders):
-    from cim.gallery.store import GallerySettings, load_gallery
     from cim.gallery.build import build_gallery
+    from cim.gallery.shards import gallery_shards
+    from cim.gallery.store import GallerySettings, load_gallery
 
     folder = tmp_path_factory.mktemp("gallery") / "gallery"
-    build_gallery(world, GallerySettings(splits=["gallery", "train"]), *encoders, folder)
+    settings = GallerySettings(splits=["gallery", "train"])
+    build_gallery(gallery_shards(world, settings), settings, *encoders, folder)
     return load_gallery(folder, *encoders)
 
 
@@ -90,33 +92,54 @@ def captioner_folder(tmp_path_factory, world, encoder_folder):
         style_steps=2, lr=1e-2, style_lr=1e-4, lazy={"name": 0.5, "relation": 0.5},
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("captioner") / "captioner"
-    train_captioner(world.split("pretrain"), encoder_folder, settings, folder)
+    pretrain = world.split("pretrain")
+    train_captioner(pretrain.image_paths, pretrain.frame["scene"], encoder_folder, settings, folder)
+    return folder
+
+
+def _workspace(folder, world, gallery, encoder_folder, captioner_folder):
+    (folder / "artifacts").mkdir()
+    for name, part in (
+        ("dataset", world.image_root), ("gallery", gallery.folder), ("encoder", encoder_folder), ("captioner", captioner_folder),
+    ):  # fmt: skip
+        (folder / "artifacts" / name).symlink_to(part, target_is_directory=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["encoders"]["image"] = f"open_clip:local-dir:{encoder_folder}"
+    params["train"] |= {"steps": 4, "images_per_step": 4, "max_completion": 24, "save_every": 2}
+    params["sft"] |= {"steps": 3, "batch_size": 4}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 
 
 @pytest.fixture
 def workspace(tmp_path, world, gallery, encoder_folder, captioner_folder, monkeypatch):
-    """A folder with everything that training reads, and a params.yaml for a moment's training."""
-    artifacts = tmp_path / "artifacts"
-    (artifacts / "dataset").parent.mkdir(parents=True)
-    for name, folder in (
-        ("dataset", world.image_root), ("gallery", gallery.folder), ("encoder", encoder_folder), ("captioner", captioner_folder),
-    ):  # fmt: skip
-        (artifacts / name).symlink_to(folder, target_is_directory=True)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["encoders"]["image"] = f"open_clip:local-dir:{encoder_folder}"
-    params["train"] |= {"steps": 4, "images_per_step": 4, "max_completion": 24, "save_every": 2}
-    params["sft"] |= {"steps": 3, "batch_size": 4}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    """A folder with everything that training reads, and a params.yaml for a few steps; the current folder."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return _workspace(tmp_path, world, gallery, encoder_folder, captioner_folder)
 
 
-def train(workspace, run, **changes):
-    params = yaml.safe_load((workspace / "params.yaml").read_text())
-    for key, value in changes.items():
-        params["train"][key] = value
-    (workspace / "params.yaml").write_text(yaml.safe_dump(params))
-    return subprocess.run(
-        [sys.executable, "-m", "cim.train", "--run", run], cwd=workspace, capture_output=True, text=True
-    )
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, world, gallery, encoder_folder, captioner_folder):
+    """A workspace in which run cim-0 is trained; tests only read it, or copy its runs."""
+    folder = tmp_path_factory.mktemp("trained")
+    with chdir(_workspace(folder, world, gallery, encoder_folder, captioner_folder)):
+        train("cim-0")
+    return folder
+
+
+def change(**groups):
+    """Change params.yaml of the current folder, as in change(train={"steps": 2}); returns all parameters."""
+    path = Path("params.yaml")
+    params = yaml.safe_load(path.read_text())
+    for name, values in groups.items():
+        params[name] |= values
+    path.write_text(yaml.safe_dump(params))
+    return params
+
+
+def train(run, **groups):
+    """Train a run of the current folder in this process, after `change`; returns the folder of the model."""
+    from cim.train import grpo, sft
+
+    (sft if run.startswith("sft") else grpo).train(run, change(**groups), Path("artifacts"))
+    return Path("artifacts/train", run).resolve()

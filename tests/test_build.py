@@ -17,14 +17,14 @@ import pandas as pd
 import pytest
 
 from cim.cli import __main__ as cli
-from cim.gallery import build as gallery_build
 from cim.errors import CimError
-from cim.gallery.store import GallerySettings, fingerprint, load_gallery
-from cim.gallery.build import add_to_gallery, build_gallery, rebuild_index
-from cim.gallery.shards import Record, Shard, open_stored, shards_of
+from cim.gallery import build, store
+from cim.gallery.build import build_gallery, rebuild_index
+from cim.gallery.shards import Record, Shard, gallery_shards, open_stored, shards_of
+from cim.gallery.store import BuildSettings, GallerySettings, fingerprint, load_gallery
 from conftest import ROOT
 
-SETTINGS = GallerySettings(splits=["-"], shard_rows=8)
+SETTINGS = BuildSettings()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_sources_that_cannot_be_used_are_named(rows, tmp_path):
     (tmp_path / "rows.csv").write_text("image,caption\n")
     for name, says in (
         ("nowhere.jsonl", "not found"),
-        ("empty", "no .parquet, .tar, .jsonl file"),
+        ("empty", "no rows in .parquet, .tar, .jsonl files"),
         ("no_caption.parquet", "column 'caption' is missing"),
         ("broken.parquet", "not a readable Parquet"),
         ("broken.jsonl", "broken.jsonl:1"),
@@ -136,13 +136,13 @@ def test_what_cannot_be_used_is_left_out_and_listed(rows, encoders, tmp_path):
     frame.loc[30, "image_id"] = frame.loc[2, "image_id"]
     shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", frame)], 8)
     folder = tmp_path / "gallery"
-    with pytest.raises(CimError, match=r"broken\.png.*mend or drop it"):
+    with pytest.raises(CimError, match=r"broken\.png.*fix or remove it"):
         build_gallery(shards, SETTINGS, *encoders, folder)
-    settings = GallerySettings(splits=["-"], shard_rows=8, max_skipped=0.05)
+    settings = BuildSettings(max_skipped=0.05)
     with pytest.raises(CimError, match=r"4 of 40 rows cannot be used.*what is embedded is kept"):
         build_gallery(shards, settings, *encoders, folder)
     assert not folder.exists()
-    settings = GallerySettings(splits=["-"], shard_rows=8, max_skipped=0.1)
+    settings = BuildSettings(max_skipped=0.1)
     info = build_gallery(shards, settings, *encoders, folder)
     assert (info["rows"], info["skipped"]) == (36, 4)
     reasons = [json.loads(line)["reason"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -180,19 +180,20 @@ def test_adding_embeds_only_what_is_new(rows, encoders, tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(encoders[1]), "encode", lambda self, images, *a, **k: seen.extend(images) or encode(self, images, *a, **k)
     )
-    info = add_to_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown")
+    info = build_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown", add=True)
     assert info["rows"] == 40
     assert len(seen) == 15
     assert same_gallery(load_gallery(tmp_path / "grown"), load_gallery(tmp_path / "whole"))
     # Adding them again adds nothing.
-    assert add_to_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown")["rows"] == 40
+    assert build_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown", add=True)["rows"] == 40
 
 
-@pytest.mark.parametrize("kind", ["ivf", "hnsw", "compressed"])
+@pytest.mark.parametrize("kind", ["IVF4,SQ8", "HNSW32,SQ8", "SQ4"])
 def test_an_index_grows_with_its_gallery(rows, encoders, tmp_path, kind):
-    settings = GallerySettings(splits=["-"], index=kind)
-    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:30])], 8), settings, *encoders, tmp_path / "g")
-    info = add_to_gallery(shards_of([write_jsonl(tmp_path / "b.jsonl", rows)], 8), settings, *encoders, tmp_path / "g")
+    settings = BuildSettings(index=kind)
+    first, more = (shards_of([write_jsonl(tmp_path / f"{len(part)}.jsonl", part)], 8) for part in (rows[:30], rows))
+    build_gallery(first, settings, *encoders, tmp_path / "g")
+    info = build_gallery(more, settings, *encoders, tmp_path / "g", add=True)
     assert info["index"]["kind"] == kind
     assert info["index"]["trained_on"] == 30
     gallery = load_gallery(tmp_path / "g", *encoders)
@@ -205,12 +206,75 @@ def test_another_index_for_the_same_vectors(rows, encoders, tmp_path):
     build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows)], 8), SETTINGS, *encoders, folder)
     query = encoders[0].encode(rows["caption"].tolist()[:5])
     exact = load_gallery(folder).search(query, 3)
-    assert rebuild_index(folder, "ivf", 1.0)["index"]["kind"] == "ivf"
-    assert load_gallery(folder).index.kind == "ivf"
-    assert (load_gallery(folder).search(query, 3)[:, 0] == exact[:, 0]).all()
+    for kind in ("IVF4,SQ8", "IVF2,Flat"):
+        assert rebuild_index(folder, kind, 1.0)["index"]["kind"] == kind
+        assert load_gallery(folder).index.kind == kind
+        assert (load_gallery(folder).search(query, 3)[:, 0] == exact[:, 0]).all()
+        assert len(list(folder.glob("*.faiss"))) == 1
     assert rebuild_index(folder, "auto", 0.99)["index"]["kind"] == "exact"
     assert load_gallery(folder).index.kind == "exact"
-    assert not (folder / "index.faiss").exists()
+    assert not list(folder.glob("*.faiss"))
+
+
+def test_an_index_is_replaced_at_once_or_not_at_all(rows, encoders, tmp_path, monkeypatch):
+    folder = tmp_path / "g"
+    settings = BuildSettings(index="IVF4,SQ8")
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows)], 8), settings, *encoders, folder)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rebuild_index(folder, "HNSW8,SQ8", 0.99)
+    assert load_gallery(folder, *encoders).index.kind == "IVF4,SQ8"
+    with pytest.raises(CimError, match="FAISS cannot build 'IVF64,SQ8' from 40 rows"):
+        rebuild_index(folder, "IVF64,SQ8", 0.99)
+    assert load_gallery(folder, *encoders).index.kind == "IVF4,SQ8"
+    rebuild_index(folder, "HNSW8,SQ8", 0.99)
+    assert load_gallery(folder, *encoders).index.kind == "HNSW8,SQ8"
+
+
+def test_an_index_that_faiss_refuses_stops_a_build_before_anything_is_embedded(rows, encoders, tmp_path):
+    shards = [Shard("none", lambda: pytest.fail("the shard was read"))]
+    with pytest.raises(CimError, match="parameter index: FAISS refuses 'ivf' for 384 dimensions"):
+        build_gallery(shards, BuildSettings(index="ivf"), *encoders, tmp_path / "g")
+    assert not list(tmp_path.iterdir())
+    # Whether the rows are enough to train it is known later; what is embedded is kept.
+    shards = shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 8)
+    with pytest.raises(CimError, match="parameter index: FAISS cannot build 'IVF16,SQ8' from 8 rows"):
+        build_gallery(shards, BuildSettings(index="IVF16,SQ8"), *encoders, tmp_path / "g")
+    assert (tmp_path / "g.building" / "000000").is_dir()
+    assert build_gallery(shards, SETTINGS, *encoders, tmp_path / "g")["rows"] == 8
+
+
+def test_the_pipelines_shards_are_the_splits_and_then_the_files(world, rows, tmp_path, capsys):
+    settings = {"splits": ["train", "gallery"], "shard_rows": 7}
+    images = world.split("train", "gallery")
+    shards = gallery_shards(images, GallerySettings(**settings))
+    assert [r.image_id for r in read(shards)] == images.frame["image_id"].tolist()
+    assert len({shard.name for shard in shards}) == len(shards) == -(-len(images) // 7)
+    relative = rows.assign(image=[Path(image).name for image in rows["image"]], image_id="x" + rows["image_id"])
+    folder = tmp_path / "more"
+    folder.mkdir()
+    assert len(read(gallery_shards(images, GallerySettings(**settings, shards=str(folder))))) == len(images)
+    assert f"{folder}: no .parquet, .tar, .jsonl file" in capsys.readouterr().out
+    source = write_jsonl(folder / "rows.jsonl", relative)
+    images_folder = Path(rows["image"][0]).parent
+    for shards_at, root, expected in (
+        (folder, None, folder),
+        (source, None, folder),
+        (source, source, folder),
+        (folder, folder, folder),
+        (folder, images_folder, images_folder),
+    ):
+        more = GallerySettings(**settings, shards=str(shards_at), image_root=root and str(root))
+        added = read(gallery_shards(images, more))[len(images) :]
+        assert len(added) == len(rows)
+        assert {Path(record.image).resolve().parent for record in added} == {expected.resolve()}
+    with pytest.raises(CimError, match="nowhere: not found"):
+        gallery_shards(images, GallerySettings(**settings, shards=str(tmp_path / "nowhere")))
 
 
 def test_a_gallery_whose_parts_were_swapped_is_refused(rows, encoders, tmp_path):
@@ -253,7 +317,7 @@ def command(encoder_folder, source, folder, *more):
     ]  # fmt: skip
 
 
-def test_killed_and_started_again_it_goes_on(rows, encoder_folder, tmp_path):
+def test_a_killed_build_resumes(rows, encoder_folder, tmp_path):
     source = write_jsonl(
         tmp_path / "rows.jsonl", pd.concat([rows.assign(image_id=rows["image_id"] + f"-{i}") for i in range(40)])
     )
@@ -287,7 +351,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(rows, encoders, tmp_pa
     try:
         # The shards fit (8 rows of 384 dimensions), the joined array of 40 does not.
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, hard))
-        with pytest.raises(CimError, match=r"disk is full.*goes on where it stopped"):
+        with pytest.raises(CimError, match=r"disk is full.*run the same command again"):
             build_gallery(shards, SETTINGS, *encoders, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -304,9 +368,117 @@ def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_p
     shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows[:20])], 8)
     build_gallery(shards, SETTINGS, *encoders, folder)
     (tmp_path / "gallery.building").mkdir()
+    (tmp_path / "gallery.building" / "plan.json").write_text("null")
     os.replace(folder, tmp_path / "gallery.building" / "old")
     more = shards_of([write_jsonl(tmp_path / "more.jsonl", rows)], 8)
-    assert add_to_gallery(more, SETTINGS, *encoders, folder)["rows"] == 40
+    assert build_gallery(more, SETTINGS, *encoders, folder, add=True)["rows"] == 40
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_a_kill_at_any_step_of_publishing_blocks_nothing(rows, encoders, tmp_path, monkeypatch, add):
+    """Every rename and removal of the last step is interrupted once, before and after it, and the call repeated."""
+    folder = tmp_path / "gallery"
+    source = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8)
+    build_gallery(shards_of([write_jsonl(tmp_path / "some.jsonl", rows[:10])], 8), SETTINGS, *encoders, folder)
+    (folder / "notes.txt").write_text("mine")
+    shutil.copytree(folder, tmp_path / "start")
+    step = 0
+    while True:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "start", folder)
+        left = [step]
+
+        def interrupted(call, left=left):
+            def run(path, *args, **kwargs):
+                if "joined" in str(path) or "gallery" not in str(path):
+                    return call(path, *args, **kwargs)
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+                result = call(path, *args, **kwargs)
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+                return result
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for module, name in ((build.os, "replace"), (build.shutil, "rmtree"), (build, "write_json")):
+                patch.setattr(module, name, interrupted(getattr(module, name)))
+            try:
+                build_gallery(source, SETTINGS, *encoders, folder, add=add)
+                break
+            except KeyboardInterrupt:
+                pass
+        assert build_gallery(source, SETTINGS, *encoders, folder, add=add)["rows"] == 40, step
+        assert (folder / "notes.txt").read_text() == "mine", step
+        assert not (tmp_path / "gallery.building").exists(), step
+        step += 1
+    assert step > 10
+
+
+def test_a_build_with_other_sources_starts_again(rows, encoders, tmp_path, capsys):
+    folder = tmp_path / "gallery"
+    bad = Shard("bad", lambda: (_ for _ in ()).throw(CimError("gone")))
+    with pytest.raises(CimError, match="gone"):
+        build_gallery([*shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 8), bad], SETTINGS, *encoders, folder)
+    build_gallery(shards_of([write_jsonl(tmp_path / "b.jsonl", rows[8:])], 8), SETTINGS, *encoders, folder)
+    assert "starting again" in capsys.readouterr().out
+    assert load_gallery(folder).rows["image_id"].tolist() == rows["image_id"][8:].tolist()
+
+
+def test_a_gallery_behind_a_symbolic_link_is_replaced_there(rows, encoders, tmp_path):
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 8), SETTINGS, *encoders, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    build_gallery(shards_of([write_jsonl(tmp_path / "b.jsonl", rows)], 8), SETTINGS, *encoders, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(load_gallery(tmp_path / "real")) == 40
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line with which a command ends at status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def files_of(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_build_never_writes_over_something_else(rows, tmp_path, capsys, monkeypatch):
+    from cim import encoders as module
+
+    monkeypatch.setattr(module, "load_text_encoder", lambda *a, **k: pytest.fail("an encoder was loaded"))
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    write_jsonl(photos / "more.jsonl", rows)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.building").mkdir()
+    (tmp_path / "other.building" / "mine.txt").write_text("mine")
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "gallery.json").write_text("{}")
+    write_jsonl(tmp_path / "gallery" / "inside.jsonl", rows)
+    before = files_of(tmp_path)
+    for folder, sources, says in (
+        (photos, [source], "is not empty and not a gallery"),
+        (source, [photos], "is a file"),
+        (tmp_path / "other", [source], "other.building: is not empty"),
+        (photos, [photos], "is within the gallery"),
+        (photos, [photos / "more.jsonl"], "is within the gallery"),
+        (tmp_path / "gallery", [source, tmp_path / "gallery" / "inside.jsonl"], "is within the gallery"),
+        (tmp_path / "empty", [tmp_path / "empty"], "is within the gallery"),
+    ):
+        assert says in refused(capsys, "gallery", "build", folder, *sources)
+        assert files_of(tmp_path) == before
+    with pytest.raises(CimError, match="is not empty and not a gallery"):
+        build_gallery([], SETTINGS, None, None, photos)
 
 
 def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_path):
@@ -328,7 +500,7 @@ def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_p
 def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
     """No array that is written or encoded at once holds more than a shard."""
     largest = []
-    write = gallery_build.write_array
+    write = store.write_array
 
     def watched(path, n, dim, arrays):
         def watch():
@@ -338,7 +510,7 @@ def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
 
         write(path, n, dim, watch())
 
-    monkeypatch.setattr(gallery_build, "write_array", watched)
+    monkeypatch.setattr(store, "write_array", watched)
     build_gallery(shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8), SETTINGS, *encoders, tmp_path / "g")
     assert max(largest) == 8
 
@@ -377,15 +549,13 @@ def test_galleries_on_the_command_line(photos, rows, capsys):
     write_jsonl(folder / "more.jsonl", rows.assign(image_id="new-" + rows["image_id"]))
     cli.main(["gallery", "add", str(folder / "g"), str(folder / "more.jsonl")])
     assert "added 40 rows" in capsys.readouterr().out
-    cli.main(["gallery", "index", str(folder / "g"), "--index", "hnsw"])
-    assert "index: hnsw (asked for)" in capsys.readouterr().out
+    cli.main(["gallery", "index", str(folder / "g"), "--index", "HNSW8,SQ8"])
+    assert "index: HNSW8,SQ8 (requested)" in capsys.readouterr().out
+    assert "parameter index" in refused(capsys, "gallery", "index", folder / "g", "--index", "hnsw")
     with (folder / "g" / "images.npy").open("r+b") as file:
         file.seek(5000)
         file.write(b"xx")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["gallery", "info", str(folder / "g")])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "images.npy" in refused(capsys, "gallery", "info", folder / "g")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -415,7 +585,30 @@ def test_scores_on_the_command_line(photos, capsys, suffix):
     page = (folder / "page.html").read_text()
     assert page.count("<section>") == 6
     assert page.count("data:image/jpeg") == 6 + 5 * 3
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob("*.partial")) + list(folder.glob("*.progress"))
+    cli.main(["score", str(asked_file), "--gallery", str(folder / "g"), "--out", str(out)])  # over its own output
+
+
+def test_scores_never_overwrite_an_input(photos, capsys):
+    folder, asked_file, asked = photos
+    gallery = folder / "g"
+    (folder / "folder.html").mkdir()
+    write_jsonl(folder / "mine.jsonl.progress", asked)
+    before = files_of(folder)
+    for options, says in (
+        (["--out", asked_file], "is an input"),
+        (["--out", folder / "g" / ".." / asked_file.name], "is an input"),
+        (["--out", gallery / "skipped.jsonl"], "within the gallery"),
+        (["--out", folder], "is a folder"),
+        (["--out", folder / "scores.csv"], "should end in .jsonl or .parquet"),
+        (["--html", folder / "folder.html"], "is a folder"),
+        (["--html", asked_file], "should end in .html"),
+        (["--html", gallery / "page.html"], "within the gallery"),
+        (["--out", folder / "mine.jsonl"], "is not the unfinished output"),
+    ):
+        options = ["--out", folder / "new.jsonl", *options]
+        assert says in refused(capsys, "score", asked_file, "--gallery", gallery, *options)
+        assert files_of(folder) == before
 
 
 def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
@@ -431,12 +624,12 @@ def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
     assert frame["cim"].notna().tolist() == [True, True, True, True, False, True]
 
 
-def test_scoring_goes_on_after_a_kill(photos, encoders, monkeypatch):
+def test_scoring_resumes_after_a_kill(photos, encoders, monkeypatch):
     from cim import score_files as caption_scores
     from cim.scorer import load_scorer
 
     folder, asked_file, _ = photos
-    monkeypatch.setattr(caption_scores, "AT_ONCE", 2)
+    monkeypatch.setattr(caption_scores, "BATCH", 2)
     scorer, out = load_scorer(folder / "g"), folder / "s.jsonl"
     whole = caption_scores.score_files(scorer, [asked_file], folder / "whole.jsonl")
     calls = []
@@ -450,8 +643,8 @@ def test_scoring_goes_on_after_a_kill(photos, encoders, monkeypatch):
     monkeypatch.setattr(scorer, "scores_and_rows", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         caption_scores.score_files(scorer, [asked_file], out)
-    partial = folder / "s.jsonl.partial"
-    partial.write_text(partial.read_text() + '{"image_id": "half a li')
+    progress = folder / "s.jsonl.progress"
+    progress.write_text(progress.read_text() + '{"image_id": "half a li')
     frame = caption_scores.score_files(scorer, [asked_file], out)
     assert sum(map(len, calls)) == 6 + 2
     assert frame["image_id"].equals(whole["image_id"])

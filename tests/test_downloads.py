@@ -1,4 +1,4 @@
-"""What comes from elsewhere: published archives and the hub, both from servers on this machine."""
+"""Downloads: published archives and the hub, both from servers on this machine."""
 
 import hashlib
 import io
@@ -17,17 +17,17 @@ import pytest
 
 from cim.cli import __main__ as cli
 from cim.data import downloads
-from cim.data.downloads import Archive, Source, fetch, unpack
+from cim.data.downloads import Archive, Source, download_file
 from cim.errors import CimError
 
 
 @pytest.fixture
 def server():
-    """Serves `files` with ranges; a connection ends after `cut` bytes where that is set. Keeps what was asked."""
+    """Serves `files` with ranges, at most `cut` bytes a connection, and records the ranges of GET requests."""
 
     class Handler(BaseHTTPRequestHandler):
         files: ClassVar[dict[str, bytes]] = {}
-        asked: ClassVar[list[str | None]] = []
+        requested: ClassVar[list[str | None]] = []
         cut: int | None = None
         ranges = True
 
@@ -35,7 +35,7 @@ def server():
             self.answer(body=False)
 
         def do_GET(self):
-            self.asked.append(self.headers.get("Range"))
+            self.requested.append(self.headers.get("Range"))
             self.answer(body=True)
 
         def answer(self, body):
@@ -58,7 +58,7 @@ def server():
         def log_message(self, *_):
             pass
 
-    Handler.files, Handler.asked = {}, []
+    Handler.files, Handler.requested = {}, []
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=served.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{served.server_port}", Handler
@@ -73,73 +73,106 @@ def zipped(**members):
     return content.getvalue()
 
 
-def test_a_download_goes_on_where_it_was_cut_off(server, tmp_path):
-    url, handler = server
-    content = os.urandom(300_000)
-    handler.files["/big.bin"], handler.cut = content, 100_000
-    for _ in range(2):
-        with pytest.raises(CimError, match="run the same again"):
-            fetch(f"{url}/big.bin", tmp_path / "big.bin", None)
-    handler.cut = None
-    assert fetch(f"{url}/big.bin", tmp_path / "big.bin", hashlib.md5(content).hexdigest()).read_bytes() == content
-    assert handler.asked == [None, "bytes=65536-", "bytes=131072-"]
-    # What is there is not asked for again.
-    fetch(f"{url}/big.bin", tmp_path / "big.bin", None)
-    assert len(handler.asked) == 3
-
-
-def test_a_server_without_ranges_starts_anew(server, tmp_path):
-    url, handler = server
-    handler.files["/x.bin"], handler.ranges = b"0123456789", False
-    (tmp_path / "x.bin.part").write_bytes(b"01234")
-    assert fetch(f"{url}/x.bin", tmp_path / "x.bin", None).read_bytes() == b"0123456789"
-
-
-def test_another_checksum_is_an_error_and_is_not_kept(server, tmp_path):
-    url, handler = server
-    handler.files["/x.bin"] = b"not what was published"
-    with pytest.raises(CimError, match="not the published"):
-        fetch(f"{url}/x.bin", tmp_path / "x.bin", "0" * 32)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(CimError, match="404"):
-        fetch(f"{url}/gone.bin", tmp_path / "gone.bin", None)
-
-
-def test_the_command_tells_licence_and_size_and_asks(server, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def toy(server, monkeypatch):
+    """A data set "toy" of one archive, which holds folder/a.txt and folder/b.txt."""
     url, handler = server
     content = zipped(a="one", b="two")
     handler.files["/toy.zip"] = content
     archive = Archive(f"{url}/toy.zip", hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(downloads.SOURCES, "toy", Source("a toy", "CC0", archives=(archive,)))
+    monkeypatch.setitem(downloads.SOURCES, "toy", Source("a toy", "CC0", [archive]))
+    return handler
+
+
+def test_an_interrupted_download_resumes(server, tmp_path, monkeypatch):
+    url, handler = server
+    content = zipped(a="".join(f"{i} " for i in range(60_000)))
+    handler.files["/big.zip"], handler.cut = content, 100_000
+    archive = Archive(f"{url}/big.zip", hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(downloads.SOURCES, "big", Source("", "", [archive]))
+    for _ in range(2):
+        with pytest.raises(CimError, match="rerun the same command to resume"):
+            downloads.download("big", tmp_path)
+    handler.cut = None
+    downloads.download("big", tmp_path)
+    assert (tmp_path / "folder" / "a.txt").stat().st_size == sum(len(f"{i} ") for i in range(60_000))
+    assert handler.requested == [None, "bytes=65536-", "bytes=131072-"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".big.zip.done", "folder"]
+    downloads.download("big", tmp_path)
+    assert len(handler.requested) == 3
+
+
+def test_a_complete_file_is_kept_and_a_server_without_ranges_starts_over(server, tmp_path):
+    url, handler = server
+    handler.files["/x.bin"], path = b"0123456789", tmp_path / "x.bin"
+    download_file(f"{url}/x.bin", path)
+    download_file(f"{url}/x.bin", path)
+    assert path.read_bytes() == b"0123456789"
+    assert handler.requested == [None, "bytes=10-"]
+    handler.ranges = False
+    path.write_bytes(b"01234")
+    download_file(f"{url}/x.bin", path)
+    assert path.read_bytes() == b"0123456789"
+
+
+def test_another_checksum_is_an_error_and_is_not_kept(server, tmp_path, monkeypatch):
+    url, handler = server
+    handler.files["/x.zip"] = b"not what was published"
+    with pytest.raises(CimError, match="not the published"):
+        Archive(f"{url}/x.zip", "0" * 32).fetch(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(downloads.SOURCES, "gone", Source("", "", [Archive(f"{url}/gone.zip")]))
+    with pytest.raises(CimError, match="404"):
+        downloads.download("gone", tmp_path)
+    with pytest.raises(CimError, match="404"):
+        downloads.describe("gone")
+
+
+def test_the_command_prints_licence_and_size_and_asks(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["download", "toy", "--to", str(tmp_path)])
-    told = capsys.readouterr()
-    assert "licence: CC0" in told.out
-    assert "size: 0.00 GB" in told.out
-    assert "nothing was fetched; say --yes" in told.err
-    assert handler.asked == []
+    printed = capsys.readouterr()
+    assert "licence: CC0" in printed.out
+    assert "size: 0.00 GB" in printed.out
+    assert "nothing was downloaded; confirm with y, or pass --yes" in printed.err
+    assert toy.requested == []
     cli.main(["download", "toy", "--to", str(tmp_path), "--yes"])
     assert (tmp_path / "toy" / "folder" / "a.txt").read_text() == "one"
-    assert not (tmp_path / "toy" / "toy.zip").exists()
+    assert not (tmp_path / "toy" / ".toy.zip").exists()
     cli.main(["download", "toy", "--to", str(tmp_path), "--yes"])
-    assert len(handler.asked) == 1
+    assert len(toy.requested) == 1
     with pytest.raises(SystemExit):
         cli.main(["download", "nothing", "--yes"])
-    assert "there are sc-captioner, coco-train" in capsys.readouterr().err
+    assert "choose from sc-captioner, coco-train" in capsys.readouterr().err
 
 
-def test_archives_write_nothing_outside(tmp_path):
-    evil = tmp_path / "evil.tar.gz"
-    with tarfile.open(evil, "w:gz") as archive:
+def test_a_users_files_are_never_written_over(toy, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("mine")
+    (tmp_path / "toy.zip").write_text("mine too")
+    with pytest.raises(CimError, match="folder: exists already"):
+        downloads.download("toy", tmp_path)
+    assert (tmp_path / "folder" / "a.txt").read_text() == "mine"
+    (tmp_path / "folder").rename(tmp_path / "mine")
+    downloads.download("toy", tmp_path)
+    assert toy.requested == [None, f"bytes={len(toy.files['/toy.zip'])}-"]
+    assert (tmp_path / "folder" / "a.txt").read_text() == "one"
+    assert (tmp_path / "toy.zip").read_text() == "mine too"
+
+
+def test_archives_write_nothing_outside(server, tmp_path):
+    url, handler = server
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
         member = tarfile.TarInfo("../outside.txt")
         member.size = 1
         archive.addfile(member, io.BytesIO(b"x"))
-    with pytest.raises(CimError, match="cannot be unpacked"):
-        unpack(evil, tmp_path / "inside")
+    handler.files |= {"/evil.tar.gz": content.getvalue(), "/broken.zip": b"PK", "/cut.tar.gz": content.getvalue()[:60]}
+    for name in ("evil.tar.gz", "broken.zip", "cut.tar.gz"):
+        with pytest.raises(CimError, match=f"{name}: cannot be unpacked"):
+            Archive(f"{url}/{name}").fetch(tmp_path)
+    assert not (tmp_path.parent / "outside.txt").exists()
     assert not (tmp_path / "outside.txt").exists()
-    (tmp_path / "broken.zip").write_bytes(b"PK")
-    with pytest.raises(CimError, match=r"broken.zip: cannot be unpacked"):
-        unpack(tmp_path / "broken.zip", tmp_path)
 
 
 @pytest.fixture
@@ -213,7 +246,7 @@ def at_hub(hub, tmp_path, code, *arguments, offline="0"):
 
 LOAD = """
 import sys
-from cim.cli.__main__ import one_line_errors
+from cim.errors import one_line_errors
 from cim.captioners.models import ModelSettings, load_model
 with one_line_errors():
     load_model(ModelSettings(name=sys.argv[1], prompt="x", revision=sys.argv[2] or None))
@@ -229,7 +262,7 @@ with one_line_errors():
         ("some/model", "", "1", "HF_HUB_OFFLINE forbids|not in the hub's cache"),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_clear_error(hub, tmp_path, name, revision, offline, says):
+def test_hub_errors_are_one_clear_line(hub, tmp_path, name, revision, offline, says):
     _, errors = at_hub(hub, tmp_path, LOAD, name, revision, offline=offline)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors[-2000:]
@@ -237,8 +270,8 @@ def test_what_the_hub_does_not_give_is_one_clear_error(hub, tmp_path, name, revi
     assert "Traceback" not in errors
 
 
-def test_a_data_set_of_the_hub_is_told_and_fetched(hub, tmp_path):
-    code = "import sys; from cim.cli import main; main(sys.argv[1:])"
+def test_a_data_set_of_the_hub_is_described_and_downloaded(hub, tmp_path):
+    code = "import sys; from cim.cli.__main__ import main; main(sys.argv[1:])"
     out, errors = at_hub(hub, tmp_path, code, "download", "sc-captioner", "--to", str(tmp_path / "to"), "--yes")
     assert "licence: Apache-2.0" in out, errors[-2000:]
     assert (tmp_path / "to" / "sc-captioner" / "llamafactory_json" / "train.json").is_file(), errors[-2000:]

@@ -1,21 +1,26 @@
-"""`cim evaluate`, the readers of questions, and whether methods differ."""
+"""`cim evaluate`, the readers of questions, and the tables, text and pages about what was evaluated."""
 
 import json
+import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from cim import runs
 from cim.cli import __main__ as cli
+from cim.data.labels import Labels, labels_of
+from cim.errors import CimError
 from cim.evaluation.capture import parsers
 from cim.evaluation.capture.evaluate import agreement, evaluate
 from cim.evaluation.capture.graphs import SceneGraph
-from cim.data.labels import Labels, labels_of
 from cim.evaluation.capture.matching import Sample, Similarity, relations_recalled
-from cim.evaluation.capture.parsers import FactualParser
+from cim.evaluation.capture.parsers import FactualParser, WorldParser
 from cim.evaluation.capture.readers import (
     AlwaysYes,
     ServerReader,
@@ -25,10 +30,11 @@ from cim.evaluation.capture.readers import (
     question_scores,
     read_all,
 )
-from cim.evaluation.capture.significance import holm, paired_permutation
 from cim.evaluation.capture.synonyms import load_wordnet
-from cim.errors import CimError
-from cim.world.graphs import WorldParser, WorldReader
+from cim.files import read_json
+from cim.report import figures, findings, pages, tables
+from cim.world.graphs import WorldReader
+from conftest import ROOT
 
 LABELS = {
     "references.json": {
@@ -136,17 +142,40 @@ def test_a_benchmark_from_files_to_page(wordnet, folder, server, capsys):
         (["--labels", "nowhere"], "references.json"),
         (["--reader", "oracle"], "transformers:NAME or server:URL#MODEL"),
         (["--reader", "server:http://127.0.0.1:9#m"], "is it an OpenAI-compatible server"),
-        (["--resamples", "3"], "at least 100"),
+        (["--resamples", "3"], "greater than or equal to 100"),
+        (["--labels", "labels-of-mine", "--benchmark", "cocoln500"], "labels-of-mine"),
         (["--encoder", "pypi:no-such"], "no-such"),
     ],
 )
-def test_what_cannot_be_is_one_clear_error(wordnet, folder, capsys, arguments, says):
+def test_invalid_arguments_are_one_clear_error(wordnet, folder, capsys, arguments, says):
     with pytest.raises(SystemExit) as stop:
         run(folder, *arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert says in error
+
+
+@pytest.mark.parametrize("out", ["", "labels", "notes", "file.txt"])
+def test_evaluate_never_writes_over_an_input_or_other_files(wordnet, folder, capsys, out):
+    (folder / "notes").mkdir()
+    (folder / "notes" / "page.html").write_text("mine")
+    (folder / "file.txt").write_text("mine")
+    for name in ("", "labels"):  # not even where they hold an evaluation too
+        (folder / name / "metrics.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        run(folder, "--out", str(folder / out))
+    assert stop.value.code == 2
+    assert "choose another" in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_labels_are_looked_for_outside_the_pinned_data(wordnet, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--captions", "full.json", "--benchmark", "docci500"])
+    assert "datasets/sc-captioner/docci500/references.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -221,23 +250,6 @@ def test_a_reader_that_is_not_there(tmp_path):
         read_all(ServerReader("http://127.0.0.1:9/v1", "m", timeout=2), labels.references, labels.questions)
 
 
-def test_the_permutation_test_agrees_with_scipy(rng):
-    difference = rng.normal(0.2, 1, 60)
-    ours = paired_permutation(difference, rng, 20_000)
-    theirs = stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng
-    ).pvalue
-    assert ours == pytest.approx(theirs, abs=0.02)
-    assert paired_permutation(np.zeros(5), rng) == 1
-    assert paired_permutation(np.ones(200), rng) < 1e-3
-
-
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
 FACTS = {
     "A small red owl sits on a tall tree.": "( owl , is , small ) , ( owl , is , red ) , ( owl , sit on , tree ) , ( tree , is , tall )",
     "A blue car is near the house.": "( car , is , blue ) , ( car , near , house )",
@@ -301,7 +313,7 @@ def test_the_papers_parser_from_sentences_to_graph(wordnet, factual):
     assert FactualParser(wordnet, str(factual), batch=1).parse([caption]) == graph[:1]
 
 
-def test_evaluate_with_the_papers_parser_tells_how_far_both_agree(wordnet, folder, factual, monkeypatch):
+def test_evaluate_with_the_papers_parser_reports_how_far_both_agree(wordnet, folder, factual, monkeypatch):
     monkeypatch.setattr(parsers, "FACTUAL", str(factual))
     monkeypatch.setattr(FactualParser.__init__, "__defaults__", (str(factual), "cpu", 64))
     metrics = run(folder, "--parser", "factual")
@@ -325,10 +337,7 @@ def test_evaluate_with_the_papers_parser_tells_how_far_both_agree(wordnet, folde
     ],
 )
 def test_factuals_notation(text, entities, relations):
-    graph = parsers.read_facts(text)
-    assert {e["head"]: e["attributes"] for e in graph["entities"]} == entities
-    heads = [e["head"] for e in graph["entities"]]
-    assert [(heads[r["subject"]], r["relation"], heads[r["object"]]) for r in graph["relations"]] == relations
+    assert parsers.read_facts(text) == (list(entities.items()), relations)
 
 
 def test_agreement_of_parsers():
@@ -356,13 +365,13 @@ def test_seeds_of_a_method_are_one_method(wordnet, folder):
 def test_relations_one_by_one(wordnet):
     reference = SceneGraph(("owl", "tree", "car"), {}, (("owl", "on", "tree"), ("car", "near", "tree")))
     said = SceneGraph(("owl", "tree"), {}, (("owl", "on", "tree"), ("owl", "in", "car")))
-    similarity = Similarity.of(reference.phrases() | said.phrases(), lambda texts: np.eye(len(texts)), wordnet)
+    similarity = Similarity(reference.phrases() | said.phrases(), lambda texts: np.eye(len(texts)), wordnet)
     rows = relations_recalled(Sample(said, reference), similarity)
     assert [(name, exact) for name, exact, _ in rows] == [("on", 1.0), ("near", 0.0)]
     assert relations_recalled(Sample(SceneGraph(), reference), similarity) == [("on", 0, 0), ("near", 0, 0)]
 
 
-def test_grc_and_qir_stand_beside_the_other_scores(wordnet, folder, gallery, world):
+def test_grc_and_qir_are_reported_with_the_other_scores(wordnet, folder, gallery, world):
     (folder / "images").mkdir()
     for name, path in zip("abc", world.split("test").image_paths, strict=False):
         (folder / "images" / f"{name}.png").write_bytes(path.read_bytes())
@@ -378,7 +387,7 @@ def test_grc_and_qir_stand_beside_the_other_scores(wordnet, folder, gallery, wor
     assert row["captions"] == len(strict)
 
 
-def test_the_small_world_is_judged_by_its_own_grammar(world, encoders):
+def test_the_small_world_is_evaluated_with_its_own_grammar(world, encoders):
     """The whole of cim.capture on the small world: full captions are perfect, silence is not."""
     test = world.split("test")
     labels = labels_of(test, "test")
@@ -408,3 +417,129 @@ def test_the_world_parser_keeps_each_thing_once():
     assert graph.objects == ("owl", "car", "background")
     assert graph.attributes == {"owl": ("red", "small"), "background": ("snow",)}
     assert graph.relations == (("owl", "above", "car"),)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """(facts, capture, correlation) of the committed results."""
+    facts, capture = findings.read_evaluation(ROOT / "results" / "evaluate")
+    return facts, capture, read_json(ROOT / "results" / "correlation" / "metrics.json")
+
+
+def test_tables_of_the_committed_results(results):
+    facts, capture, correlation = results
+    for method, modes in capture["methods"].items():
+        shown = tables.capture_table(capture, "strict").loc[runs.LABELS[method], "CAPTURE"]
+        assert shown.startswith(f"{100 * modes['strict']['capture']['value']:.1f} [")
+    assert tables.facts_table(facts).loc["always Yes", "questions"] == "50.0 [50.0, 50.0]"
+    assert len(tables.gains_table(facts)) == 9 * (len(facts["methods"]) - 2)
+    assert set(tables.metric_table(capture).index.get_level_values("score")) == {"grc", "qir", "cim", "words"}
+    assert (tables.comparison_table(capture)["p (Holm)"] <= 1).all()
+    assert tables.correlation_table(correlation).loc[("fineness", "grc"), "by level"] == "1.00"
+    assert "reported in the paper" in tables.paper_table(facts, capture).index
+
+
+def test_the_summary_for_dvc_is_short(results):
+    facts, capture, _ = results
+    summary = tables.summary(facts, capture)
+    cim = capture["methods"]["cim"]["strict"]
+    assert summary["capture"] == pytest.approx(100 * cim["capture"]["value"], abs=0.05)
+    assert summary["gain"] == pytest.approx(summary["capture"] - tables.headline(capture)["value"].iloc[0], abs=0.11)
+    path = "results/evaluate/summary.json"
+    assert sum(4 + max(len(k), len(str(v))) for k, v in {"Path": path, **summary}.items()) - 4 <= 80
+    # Without known scenes CAPTURE's own recall and the reader's accuracy stand in; untrained, there is no gain to speak of.
+    nothing = {"methods": {}, "always_yes": {}}
+    assert tables.summary(nothing, capture)["qa"] == pytest.approx(
+        100 * capture["questions"]["cim"]["accuracy"], abs=0.05
+    )
+    base = {**capture, "methods": {"base": capture["methods"]["base"]}, "questions": {}}
+    assert tables.summary(nothing, base)["gain"] == 0
+    assert "qa" not in tables.summary(nothing, base)
+
+
+def test_findings_fill_in_the_numbers(results):
+    facts, capture, correlation = results
+    text = findings.evaluation_findings(facts, capture)
+    assert tables.text("capture", capture["methods"]["cim"]["strict"]["capture"]) in text
+    assert 3 <= text.count(". ") + 1 <= 6
+    assert "No drop in precision is significant" in text
+    assert "(strict)" in findings.evaluation_findings({"methods": {}, "always_yes": {}}, capture)
+    base = {**capture, "methods": {"base": capture["methods"]["base"]}, "comparisons": []}
+    assert findings.evaluation_findings({"methods": {}, "always_yes": {}}, base).startswith("Only the base model")
+    text = findings.correlation_findings(correlation)
+    assert 3 <= text.count(". ") + 1 <= 6
+    assert "GRC by fineness (1.00)" in text
+
+
+def test_claims_that_fail_are_named(results):
+    facts, capture, correlation = results
+    spearman = {
+        ladder: {score: dict(cell) for score, cell in of.items()} for ladder, of in correlation["spearman"].items()
+    }
+    spearman["accuracy"]["qir"]["by_level"] = 0.5
+    spearman["fineness"]["qir"]["by_level"] = None  # it did not vary
+    correlation = {**correlation, "spearman": spearman}
+    verdicts = findings.verdicts(correlation).set_index(["score", "ladder"])
+    assert verdicts.loc[("grc", "fineness"), ["claimed", "holds"]].all()
+    assert not verdicts.loc[("grc", "accuracy"), "claimed"]
+    assert not verdicts.loc[("qir", "fineness"), "holds"]
+    assert "does not hold for QIR by fineness (0.00), QIR by accuracy (0.50)" in findings.correlation_findings(
+        correlation
+    )
+    claims = findings.claims(correlation, facts, capture)
+    failed = [claim["claim"] for claim in claims if not claim["holds"]]
+    assert "QIR rises with accuracy (by level, at least 0.9)" in failed
+    text = findings.claims_findings(claims, capture)
+    assert f"{len(claims) - len(failed)} hold" in text
+    assert all(claim in text for claim in failed)
+    assert findings.claims(correlation, {"methods": {}, "always_yes": {}}, {**capture, "comparisons": []})[-1][
+        "claim"
+    ].startswith("CIM rises")
+
+
+def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    results = tmp_path / "results"
+    text = findings.readme(results, "tiny")
+    assert text == findings.readme(results, "tiny")
+    links = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert "correlation/levels.png" in links
+    assert all((results / link).is_file() for link in links)
+    assert "study/evaluate" in text
+    # A correlation study in a folder of its own, and no study at all.
+    (results / "photos" / "correlation").mkdir()
+    for path in (results / "photos").glob("*.*"):
+        path.rename(results / "photos" / "correlation" / path.name)
+    shutil.rmtree(results / "study")
+    moved = findings.readme(results, "tiny")
+    assert "photos/correlation/levels.png" in moved
+    assert "study/evaluate" not in moved
+    assert tables.readme_table(results / "evaluate" / "metrics.json") in moved
+
+
+def test_pages_escape_text_and_embed_images(world, tmp_path):
+    image = str(world.image_paths[0])
+    rows = [
+        {"image_id": "<i>", "image": image, "caption": "<b>owl</b>", "grc": 0.9, "qir": 1.0, "cim": 1.9, "error": None,
+         "retrieved": [{"image": "missing.png", "caption": "a & b"}]},
+        {"image_id": "bad", "image": image, "caption": "x", "grc": None, "qir": None, "cim": None, "error": "unreadable",
+         "retrieved": []},
+    ]  # fmt: skip
+    pages.score_page(pd.DataFrame(rows), tmp_path / "elsewhere" / "scores.html")
+    text = (tmp_path / "elsewhere" / "scores.html").read_text()
+    assert "1 of 2 captions" in text
+    assert "&lt;b&gt;owl&lt;/b&gt;" in text
+    assert 'src="data:image/jpeg;base64,' in text
+    assert "image cannot be read" in text
+
+
+@pytest.mark.parametrize("interval", [[0.1, 0.2], [None, None]])
+def test_figures_take_undefined_intervals(interval):
+    cells = {m: {"capture": {"value": interval[0], "interval": interval}} for m in ("base", "cim")}
+    cells = {m: {**c, "words": {"value": 9.0, "interval": [8.0, 10.0]}} for m, c in cells.items()}
+    table = tables.long_table(cells)
+    assert len(figures.metrics_figure(table, ["capture", "words", "absent"]).axes) == 2
+    assert len(figures.length_figure(table, ["capture"]).axes) == 1
+    relations = {m: {"on": {"stated": 12, "exact": {"value": interval[0], "interval": interval}}} for m in cells}
+    assert figures.relations_figure(relations).axes[0].get_yticklabels()[0].get_text() == "on (12)"
+    plt.close("all")

@@ -8,13 +8,16 @@ import pytest
 from PIL import Image
 
 from cim import rewards
+from cim.captioners.generate import diversity
+from cim.data.manifest import Manifest
 from cim.encoders import load_image_encoder, load_text_encoder
 from cim.errors import CimError
-from cim.gallery.store import GallerySettings, drop_excluded, load_gallery
 from cim.gallery.build import build_gallery
-from cim.data.manifest import Manifest
+from cim.gallery.shards import gallery_shards
+from cim.gallery.store import GallerySettings, drop_excluded, load_gallery
 from cim.runs import REWARDS
-from cim.scorer import RewardSettings, Scorer, completion_text, trl_reward, variety
+from cim.scorer import RewardSettings, Scorer
+from cim.train.reward import completion_text, trl_reward
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +60,15 @@ def test_a_pretrained_encoder_for_photos_comes_from_its_package():
     "spec",
     ["nonsense", "open_clip:ViT-B-32", "open_clip:local-dir:/nowhere", "pypi:other", "timm:no_such_model", "hub:"],
 )
-def test_image_encoders_that_cannot_be_had(spec):
+def test_image_encoders_that_cannot_be_loaded(spec):
     with pytest.raises(CimError) as error:
         load_image_encoder(spec)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["pypi:no-such-package", "no-such/model"])
-def test_text_encoders_that_cannot_be_had(spec):
-    with pytest.raises(CimError, match=spec):
+def test_text_encoders_that_cannot_be_loaded(spec):
+    with pytest.raises(CimError, match=spec.removeprefix("pypi:")):
         load_text_encoder(spec)
 
 
@@ -136,13 +139,14 @@ def test_building_refuses_empty_captions_and_unreadable_images_and_keeps_the_old
     before = json.loads((folder / "gallery.json").read_text())
     frame = world.split("gallery").frame.head(6).copy()
     frame.loc[2, "caption"] = "  "
+    settings = GallerySettings(splits=["gallery"])
     with pytest.raises(CimError, match=frame["image_id"][2]):
-        build_gallery(Manifest(frame, world.image_root), GallerySettings(splits=["gallery"]), *encoders, folder)
+        build_gallery(gallery_shards(Manifest(frame, world.image_root), settings), settings, *encoders, folder)
     frame.loc[2, "caption"] = "an owl."
     (tmp_path / "broken.png").write_bytes(b"not an image")
     frame["image"] = ["broken.png"] * 6
     with pytest.raises(CimError, match=r"broken\.png"):
-        build_gallery(Manifest(frame, tmp_path), GallerySettings(splits=["gallery"]), *encoders, folder)
+        build_gallery(gallery_shards(Manifest(frame, tmp_path), settings), settings, *encoders, folder)
     assert json.loads((folder / "gallery.json").read_text()) == before
     load_gallery(folder, *encoders)
 
@@ -194,7 +198,7 @@ def test_rewards_as_trl_calls_them(scorer, world, name):
 
 
 def test_an_unknown_reward(scorer):
-    with pytest.raises(CimError, match="reward 'best' is not known"):
+    with pytest.raises(CimError, match="reward 'best' is unknown"):
         trl_reward(scorer, "best")
 
 
@@ -213,5 +217,5 @@ def test_completion_text():
     assert completion_text([{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]) == "b"
 
 
-def test_variety_shows_a_collapse():
-    assert variety(["a b", "a b", "a b", "c"]) == {"distinct": 0.5, "most_common": 0.75, "words": 1.75}
+def test_diversity_shows_a_collapse():
+    assert diversity(["a b", "a b", "a b", "c"]) == {"distinct": 0.5, "most_common": 0.75, "words": 1.75}

@@ -4,19 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from cim import index as module
 from cim.errors import CimError
+from cim.gallery import search as module
 from cim.gallery.search import (
-    KINDS,
     ExactSearch,
     FaissSearch,
     build_index,
-    calibrate,
     choose_kind,
+    new_index,
     open_search,
     rank_exactly,
     recall_at_k,
 )
+
+KINDS = (
+    "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "OPQ8_16,IVF16,PQ8", "IVF16,PQ8x4fs,RFlat",
+    "IVF64_HNSW8,SQ8", "PCA24,Flat",
+)  # fmt: skip
 
 
 def clustered(rng, n, d, clusters=50, spread=0.3):
@@ -63,15 +67,17 @@ def test_k_as_large_as_the_gallery(rng, monkeypatch):
     assert (np.sort(found, axis=1) == np.arange(130)).all()
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, kind):
     vectors = clustered(rng, 6000, 32)
     path = tmp_path / "index.faiss"
-    build_index(vectors, kind, path)
-    search = open_search(kind, vectors, path, effort=1, candidates=32)
+    tuned = build_index(vectors, kind, 0.99, path)
+    assert tuned["recall"] >= 0.99
+    assert not list(tmp_path.glob("*.partial"))
+    search = open_search(kind, vectors, path, tuned["effort"], tuned["candidates"])
     assert isinstance(search, FaissSearch)
-    measured = calibrate(search, vectors, 0.99)
-    assert measured >= 0.99
+    parameter = "nprobe" if "IVF" in kind else "efSearch" if kind.startswith("HNSW") else None
+    assert search.parameter == parameter
     q = queries_near(rng, vectors, 100)
     found, exact = search.search(q, 3), ExactSearch(vectors).search(q, 3)
     assert recall_at_k(found, exact) >= 0.97
@@ -82,8 +88,8 @@ def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, 
 
 def test_probing_too_few_lists_still_gives_k_rows(rng, tmp_path, capsys):
     vectors = clustered(rng, 400, 16)
-    build_index(vectors, "ivf", tmp_path / "index.faiss")
-    search = open_search("ivf", vectors, tmp_path / "index.faiss", effort=1, candidates=32)
+    build_index(vectors, "IVF32,SQ8", 0.99, tmp_path / "index.faiss")
+    search = open_search("IVF32,SQ8", vectors, tmp_path / "index.faiss", effort=1, candidates=32)
     q = queries_near(rng, vectors, 10)
     found = search.search(q, 60)
     assert (found >= 0).all()
@@ -91,6 +97,36 @@ def test_probing_too_few_lists_still_gives_k_rows(rng, tmp_path, capsys):
     np.testing.assert_allclose(
         scores_of(q, vectors, found)[:, :1], scores_of(q, vectors, ExactSearch(vectors).search(q, 1)), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "kind", ["ivf", "nonsense", "", "PQ7", "LSH", "IVF16", "IVF0,SQ8", "HNSW0", "IVF99999999999,SQ8"]
+)
+def test_a_kind_that_faiss_refuses_is_one_error_that_names_the_parameter(kind):
+    with pytest.raises(CimError, match=f"parameter index: FAISS refuses '{kind}' for 32 dimensions") as error:
+        new_index(kind, 32)
+    assert "\n" not in str(error.value)
+    assert "use exact, auto or another string" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["IVF16,SQ8", "PQ8", "IDMap,Flat"])
+def test_a_gallery_that_an_index_cannot_be_built_from(rng, tmp_path, kind):
+    with pytest.raises(CimError, match=f"parameter index: FAISS cannot build '{kind}' from 8 rows") as error:
+        build_index(clustered(rng, 8, 32), kind, 0.99, tmp_path / "index.faiss")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_two_rows(rng, tmp_path):
+    assert build_index(clustered(rng, 2, 32), "HNSW8,Flat", 0.99, tmp_path / "index.faiss")["recall"] == 1
+
+
+def test_an_index_grows(rng, tmp_path):
+    vectors = clustered(rng, 3000, 32)
+    build_index(vectors[:2000], "IVF16,SQ8", 0.99, tmp_path / "a.faiss")
+    tuned = build_index(vectors, "IVF16,SQ8", 0.99, tmp_path / "b.faiss", former=tmp_path / "a.faiss")
+    search = open_search("IVF16,SQ8", vectors, tmp_path / "b.faiss", tuned["effort"], tuned["candidates"])
+    assert (search.search(unit(vectors[2000:]), 1)[:, 0] == np.arange(2000, 3000)).mean() > 0.97
 
 
 def test_ranking_passes_over_what_is_no_candidate(rng):
@@ -107,24 +143,24 @@ def test_recall():
 def test_the_kind_follows_size_and_memory():
     gib = 2**30
     assert choose_kind(5_000, 384, 8 * gib)[0] == "exact"
-    assert choose_kind(1_000_000, 384, 24 * gib)[0] == "ivf"
+    assert choose_kind(1_000_000, 384, 24 * gib)[0] == "IVF4096,SQ8"
     kind, reason = choose_kind(10_000_000, 768, 24 * gib)
-    assert kind == "compressed"
+    assert kind == "IVF16384,SQ4"
     assert "14.3 GiB" in reason
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
+@pytest.mark.parametrize("kind", ["IVF16,SQ8", "HNSW32,SQ8"])
 def test_a_damaged_or_foreign_index_is_refused(rng, tmp_path, kind):
     vectors = clustered(rng, 500, 16)
     path = tmp_path / "index.faiss"
-    build_index(vectors, kind, path)
-    with pytest.raises(CimError, match=r"index\.faiss: holds 500 vectors"):
+    build_index(vectors, kind, 0.99, path)
+    with pytest.raises(CimError, match=r"index\.faiss: index of \(500, 16\) vectors.*gallery has \(400, 16\)"):
         open_search(kind, vectors[:400], path, 8, 32)
-    with pytest.raises(CimError, match="of 16 dimensions, the gallery 500 of 8"):
+    with pytest.raises(CimError, match=r"gallery has \(500, 8\)"):
         open_search(kind, np.ascontiguousarray(vectors[:, :8]), path, 8, 32)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CimError, match="not a readable"):
+    with pytest.raises(CimError, match="unreadable FAISS index"):
         open_search(kind, vectors, path, 8, 32)
     path.unlink()
-    with pytest.raises(CimError, match="not a readable"):
+    with pytest.raises(CimError, match="unreadable FAISS index"):
         open_search(kind, vectors, path, 8, 32)

@@ -1,4 +1,4 @@
-"""CIM as a metric: people's judgements in the layouts that they are published in, on small files made here."""
+"""CIM as a metric: human judgements in their published layouts, on small files made here."""
 
 import json
 
@@ -9,9 +9,10 @@ from scipy.io import savemat
 
 from cim.cli import __main__ as cli
 from cim.errors import CimError
-from cim.evaluation.judgements import VOTES, agreement_with_people, find_images, load_judgements
-from cim.scorer import RewardSettings, Scorer
+from cim.evaluation.judgements import VOTES, agreement_with_people, load_judgements
 from cim.evaluation.statistics import kendall, kendall_within
+from cim.images import ImageFolder
+from cim.scorer import RewardSettings, Scorer
 
 
 @pytest.fixture
@@ -47,13 +48,13 @@ def test_flickr8k_expert(pictures, scorer):
     expert_files(folder, names, captions)
     judged = load_judgements("flickr8k-expert", folder)
     assert len(judged.rows) == 6 * len(names)
-    assert f"{len(names)} captions of the very image left out" in judged.told
+    assert f"{len(names)} captions of the same image left out" in judged.summary
     metrics = agreement_with_people(judged, scorer, resamples=200)
     assert set(metrics["scores"]) == {"grc", "qir", "cim", "words"}
     for cells in metrics["scores"].values():
         for cell in cells.values():
             assert cell["interval"][0] <= cell["value"] <= cell["interval"][1]
-    # The figure is scipy's on the very rows.
+    # The value is scipy's on the same rows.
     scores = scorer.score(judged.rows["image"].tolist(), judged.rows["caption"].tolist())
     expected = stats.kendalltau(scores["cim"], judged.rows["grade"], variant="c").statistic
     assert metrics["scores"]["cim"]["tau-c"]["value"] == pytest.approx(expected, abs=1e-6)
@@ -70,10 +71,10 @@ def test_composite(pictures, scorer):
         (folder / f"{part}_correctness.csv").write_text("\n".join(lines) + "\n")
     judged = load_judgements("composite", folder)
     assert len(judged.rows) == (3 + 4) * len(names)
-    assert "parts 8k, coco" in judged.told
+    assert "parts 8k, coco" in judged.summary
     assert agreement_with_people(judged, scorer, resamples=100)["rows"] == len(judged.rows)
     (folder / "8k_correctness.csv").write_text(f"header\n1;http://x/{names[0]};one;two;three;5;four;3\n")
-    with pytest.raises(CimError, match=r"8k_correctness.csv:2: wants 3 captions"):
+    with pytest.raises(CimError, match=r"8k_correctness.csv:2: should hold 3 captions"):
         load_judgements("composite", folder)
 
 
@@ -99,13 +100,12 @@ def test_pascal50s(pictures, scorer):
     folder, names, captions = pictures
     pascal_files(folder, names, captions)
     judged = load_judgements("pascal50s", folder)
-    assert judged.paired
     assert len(judged.rows) == 2 * len(names)
     first = judged.rows[judged.rows["side"] == 0]
     assert first["preferred"].tolist() == [i % 2 for i in range(len(names))]
     metrics = agreement_with_people(judged, scorer, resamples=100)["scores"]
     assert set(metrics["qir"]) == {"HC", "HI", "HM", "MM", "mean"}
-    # Each category by hand.
+    # Each category, computed here.
     scores = scorer.score(judged.rows["image"].tolist(), judged.rows["caption"].tolist())["qir"].to_numpy()
     ahead = scores[1::2] - scores[0::2]
     right = np.where(np.arange(len(names)) % 2, ahead > 0, ahead < 0)
@@ -115,7 +115,7 @@ def test_pascal50s(pictures, scorer):
 
 def test_what_is_missing_is_named(pictures):
     folder, names, captions = pictures
-    with pytest.raises(CimError, match="is not known; there are"):
+    with pytest.raises(CimError, match="unknown benchmark"):
         load_judgements("nocaps", folder)
     with pytest.raises(CimError, match=r"Flickr8k.token.txt: not found"):
         load_judgements("flickr8k-expert", folder)
@@ -125,7 +125,7 @@ def test_what_is_missing_is_named(pictures):
         load_judgements("pascal50s", folder)
     expert_files(folder, names, captions)
     (folder / "Images" / names[0]).unlink()
-    with pytest.raises(CimError, match=f"1 of {len(names)} images are not there, '{names[0]}'"):
+    with pytest.raises(CimError, match=f"1 of {len(names)} images are missing, '{names[0]}'"):
         load_judgements("flickr8k-expert", folder)
     (folder / "ExpertAnnotations.txt").write_text("one line\n")
     with pytest.raises(CimError, match=r"ExpertAnnotations.txt:1"):
@@ -162,9 +162,8 @@ def test_kendall_knows_its_interval(rng):
 
 def test_images_are_found_by_name_in_any_folder(pictures):
     folder, names, _ = pictures
-    assert (
-        find_images(folder, [names[0], names[1].removesuffix(".jpg")])[names[1].removesuffix(".jpg")].name == names[1]
-    )
+    found = ImageFolder(folder).paths([names[0], names[1].removesuffix(".jpg")])
+    assert [path.name for path in found] == names[:2]
 
 
 def test_kendall_within_compares_captions_of_one_image_only(rng):

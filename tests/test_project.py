@@ -13,7 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cim.pipeline import stages
+from cim.pipeline.notebooks import NOTEBOOKS as NOTEBOOK_STAGES
+from cim.pipeline.notebooks import notebook_parameters
 from cim.world.captioner import CaptionerSettings
 from cim.evaluation.correlation import CorrelationSettings
 from cim.data.dataset import DatasetSettings
@@ -21,18 +22,19 @@ from cim.world.encoder import EncoderTrainingSettings
 from cim.encoders import EncoderSettings
 from cim.evaluation.facts import EvaluateSettings
 from cim.gallery.store import GallerySettings
-from cim.captioners.generate import CaptionSettings
+from cim.pipeline.captions import CaptionSettings
 from cim.captioners.models import ModelSettings
 from cim.scorer import RewardSettings
 from cim.params import group
-from cim.train.settings import TrainSettings
-from cim.train.sft import SftSettings
-from cim.pipeline.workspace import compose, dump
+from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
+
+from cim.pipeline.compose import compose, dump
 from conftest import ROOT
 
 SETTINGS = {
     "captioner": CaptionerSettings,
     "captions": CaptionSettings,
+    "compute": ComputeSettings,
     "correlation": CorrelationSettings,
     "dataset": DatasetSettings,
     "encoder": EncoderTrainingSettings,
@@ -120,30 +122,17 @@ def test_notebooks_are_committed_clean_and_open_with_a_story(path):
     assert [c["metadata"].get("tags") for c in notebook["cells"]].count(["parameters"]) == 1
 
 
-@pytest.mark.parametrize("stage", stages.NOTEBOOKS)
+@pytest.mark.parametrize("stage", NOTEBOOK_STAGES)
 def test_a_notebooks_parameters_are_those_it_is_given(stage):
     notebook = json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text())
     cell = next(c for c in notebook["cells"] if c["metadata"].get("tags") == ["parameters"])
     declared: dict = {}
     exec("".join(cell["source"]), declared)
     declared.pop("__builtins__")
-    given = stages.notebook_parameters(stage, yaml.safe_load((ROOT / "params.yaml").read_text()), "cim-0")
+    given = notebook_parameters(stage, yaml.safe_load((ROOT / "params.yaml").read_text()), "cim-0")
     assert set(declared) == set(given)
-    if stage != "train":
-        # Opened by hand a notebook does what the pipeline does.
-        assert declared == given
-
-
-def test_every_stage_of_the_pipeline_exists():
-    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for name, stage in pipeline.items():
-        body = stage.get("do", stage)
-        assert body["cmd"].split()[2] in stages.STAGES
-        assert {"on_sft": "train"}.get(name, name) in body["params"]
-        assert all(key in params for key in body["params"])
-        for dep in body["deps"]:
-            assert dep.startswith(("artifacts/", "results/", "${")) or (ROOT / dep).exists(), dep
+    # Opened by hand, a notebook does what the pipeline does.
+    assert declared == given
 
 
 def test_what_git_holds_is_small():
@@ -155,29 +144,67 @@ def test_what_git_holds_is_small():
     assert all(f.startswith("results/") for f in pictures)
 
 
-def test_the_readmes_figures_are_those_of_the_committed_results(tmp_path):
+def committed(name: str) -> str:
+    """A committed file: a user's own run may have written others since."""
+    return subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_readmes_table_is_that_of_the_committed_study(tmp_path):
     from cim.report.tables import readme_table
 
-    def committed(name: str) -> str:
-        return subprocess.run(
-            ["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+    (tmp_path / "metrics.json").write_text(committed("results/study/evaluate/metrics.json"))
+    assert readme_table(tmp_path / "metrics.json") in (ROOT / "README.md").read_text()
 
-    # The committed files, since a user's own run may have written others since.
-    names = subprocess.run(
-        ["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+
+def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
+    """Each phrase with figures is made from the committed results here, and must stand in the text."""
+    methods = json.loads(committed("results/study/evaluate/metrics.json"))["methods"]
+    judged = next(iter(json.loads(committed("results/study/evaluate/capture.json")).values()))
+    photos = json.loads(committed("results/photos/correlation/metrics.json"))["spearman"]
+    world = json.loads(committed("results/correlation/metrics.json"))["spearman"]
+
+    def percent(method: str, metric: str) -> str:
+        return f"{100 * methods[method]['metrics'][metric]['value']:.1f}"
+
+    def strict(method: str) -> str:
+        cell = judged["methods"][method]["strict"]["capture"]
+        return f"{100 * cell['value']:.1f} [{100 * cell['interval'][0]:.1f}, {100 * cell['interval'][1]:.1f}]"
+
+    tau = next(
+        row["kendall"]
+        for row in judged["correlations"]
+        if (row["mode"], row["score"], row["with"]) == ("strict", "cim", "capture")
     )
-    study = "results/study/evaluate/metrics.json"
-    source = study if study in names.stdout.splitlines() else "results/evaluate/metrics.json"
-    (tmp_path / "metrics.json").write_text(committed(source))
-    assert readme_table(tmp_path / "metrics.json") in committed("README.md")
+    recall = f"relation recall from {percent('base', 'relation_recall')} % to {percent('cim', 'relation_recall')} %"
+    answers = f"from {percent('base', 'qa_accuracy')} % to {percent('cim', 'qa_accuracy')} %"
+    phrases = {
+        "README.md": [
+            recall,
+            answers,
+            f"F1 of all facts {percent('sft', 'all_f1')} against {percent('cim', 'all_f1')}",
+            f"({percent('self_retrieval', 'all_f1')}) and CLIPScore ({percent('clipscore', 'all_f1')})",
+            f"strict CAPTURE is {tau['value']:.2f} [{tau['interval'][0]:.2f}, {tau['interval'][1]:.2f}]",
+        ],
+        "docs/findings.md": [
+            recall,
+            answers,
+            f"the base model has {strict('base')}, CIM {strict('cim')}, SFT {strict('sft')}",
+            f"GRC {world['fineness']['grc']['by_level']:.2f} by fineness and {world['accuracy']['grc']['by_level']:.2f} by accuracy",
+            f"QIR {world['fineness']['qir']['by_level']:.2f} and {world['accuracy']['qir']['by_level']:.2f}",
+            f"grades' means {photos['fineness']['grc']['by_level']:.2f}) and not accuracy ({photos['accuracy']['grc']['by_level']:.2f}:",
+        ],
+    }
+    for name, wanted in phrases.items():
+        text = " ".join((ROOT / name).read_text().split())
+        for phrase in wanted:
+            assert phrase in text, f"{name}: {phrase}"
 
 
 def test_the_readmes_table_of_scale_is_that_of_the_committed_benchmark():
     import runpy
 
     scale_table = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["scale_table"]
-    assert scale_table(ROOT / "results/benchmarks/reward-1000000.json") in (ROOT / "README.md").read_text()
+    assert scale_table(ROOT / "results/benchmarks/reward-1000000.json") in (ROOT / "docs/scale.md").read_text()
 
 
 LIGHT = """

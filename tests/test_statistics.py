@@ -1,12 +1,18 @@
 """Intervals and correlations against scipy and against what is known exactly."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from cim.evaluation import correlation, facts as evaluation, statistics
-from cim.report import tables as report
+from cim.data.manifest import Manifest
+from cim.evaluation import correlation, statistics
+from cim.evaluation import facts as evaluation
+from cim.report import tables
+from cim.scorer import RewardSettings, Scorer
 from cim.world.scoring import COUNTS, FACTS
 
 
@@ -45,43 +51,61 @@ def test_intervals_cover(rng):
     assert 0.89 < hits / 300 <= 0.99
 
 
-def counts_of(values: dict, n: int, method: str, seed: int = 0) -> pd.DataFrame:
+def counts_of(n: int, **values) -> pd.DataFrame:
     columns = {f"{f}_{c}": 1.0 for f in FACTS for c in COUNTS} | {
-        "yes_right": 1.0, "yes_asked": 2.0, "no_right": 0.0, "no_asked": 3.0, "told": 2.0, "words": 7.0, "one": 1.0,
+        "yes_right": 1.0, "yes_asked": 2.0, "no_right": 0.0, "no_asked": 3.0, "answered": 2.0, "words": 7.0, "one": 1.0,
     }  # fmt: skip
-    return pd.DataFrame({"method": method, "seed": seed, "image_id": [f"i{i}" for i in range(n)], **columns, **values})
+    return pd.DataFrame(columns | values, index=range(n))
 
 
 def test_metrics_by_hand():
-    counts = pd.concat(
-        [counts_of({}, 4, "base"), counts_of({"relation_correct": 0.0, "relation_recalled": 0.0}, 4, "cim")]
-    )
-    found = evaluation.evaluate(counts, 0, 200)
+    runs = {"base": {0: counts_of(4)}, "cim": {0: counts_of(4, relation_correct=0.0, relation_recalled=0.0)}}
+    found = evaluation.evaluate(runs, 0, 200)
     base, cim = found["base"]["metrics"], found["cim"]["metrics"]
     assert base["relation_f1"]["value"] == 1
     assert cim["relation_f1"]["value"] == 0
     assert cim["relation_recall"]["gain"] == -1
+    assert cim["relation_recall"]["gain_interval"] == [-1, -1]
     assert cim["all_recall"]["value"] == 0.75
     assert base["qa_accuracy"]["value"] == pytest.approx(1 / 5)
     assert base["qa_balanced"]["value"] == pytest.approx((1 / 2 + 0) / 2)
-    assert base["qa_told"]["value"] == pytest.approx(2 / 5)
-    assert report.clear_of(found, "base", "cim", "relation_recall")
-    assert not report.clear_of(found, "cim", "base", "object_recall")
+    assert base["qa_answered"]["value"] == pytest.approx(2 / 5)
+    assert tables.above(base["relation_recall"], cim["relation_recall"])
+    assert not tables.above(cim["object_recall"], base["object_recall"])
 
 
 def test_seeds_that_differ_widen_the_interval(rng):
     n = 50
-    told = rng.integers(0, 2, n).astype(float)
-    base = counts_of({"relation_recalled": told}, n, "base")
-    alike = [counts_of({"relation_recalled": told}, n, "cim", s) for s in range(3)]
-    unlike = [counts_of({"relation_recalled": told * (s > 0)}, n, "cim", s) for s in range(3)]
+    recalled = rng.integers(0, 2, n).astype(float)
+    alike = {s: counts_of(n, relation_recalled=recalled) for s in range(3)}
+    unlike = {s: counts_of(n, relation_recalled=recalled * (s > 0)) for s in range(3)}
     width = []
     for runs in (alike, unlike):
-        low, high = evaluation.evaluate(pd.concat([base, *runs]), 0, 1000)["cim"]["metrics"]["relation_recall"][
-            "interval"
-        ]
+        found = evaluation.evaluate({"base": {0: alike[0]}, "cim": runs}, 0, 1000)["cim"]
+        assert found["seeds"] == [0, 1, 2]
+        low, high = found["metrics"]["relation_recall"]["interval"]
         width.append(high - low)
     assert width[1] > 1.5 * width[0]
+
+
+def test_a_bootstrap_counts_images_and_seeds_as_drawn(rng):
+    bootstrap = statistics.Bootstrap(4, {"a": 1, "b": 2}, 50, rng)
+    counts = rng.integers(0, 5, (2, 4, 2)).astype(float)
+    found = bootstrap.estimates("b", counts, lambda sums: {"share": statistics.ratio(sums[..., 0], sums[..., 1])})
+    for r in range(50):
+        drawn = np.einsum("s,i,sic->c", bootstrap.seeds["b"][r], bootstrap.images[r], counts)
+        np.testing.assert_allclose(found["share"].samples[r], drawn[0] / drawn[1] if drawn[1] else np.nan)
+    assert found["share"].value == pytest.approx(counts[..., 0].sum() / counts[..., 1].sum())
+    difference = found["share"] - found["share"]
+    assert difference.cell() == {"value": 0, "interval": [0, 0]}
+
+
+def test_cells_are_printed_with_their_intervals():
+    cell = {"value": 0.5, "interval": [0.25, 0.75]}
+    assert statistics.with_interval(cell) == "50.0 [25.0, 75.0]"
+    assert statistics.with_interval(cell, 1, 2) == "0.50 [0.25, 0.75]"
+    for undefined in ({"value": None, "interval": [None, None]}, {"value": 0.5, "interval": [np.nan, np.nan]}):
+        assert statistics.with_interval(undefined) == "n/a"
 
 
 def test_graded_captions_have_the_quality_they_should(world, rng):
@@ -95,7 +119,7 @@ def test_graded_captions_have_the_quality_they_should(world, rng):
 def test_summary_finds_a_score_that_follows_and_one_that_does_not(world, rng):
     table = correlation.graded_captions(world.split("test"), rng)
     table["grc"], table["qir"] = table["quality"], rng.normal(size=len(table))
-    _, follows = correlation.summarise(table, rng, 200)
+    _, follows = correlation.summarize(table, rng, 200)
     rows = follows[follows["correlation"] == "spearman"].set_index(["ladder", "score"])
     assert rows.loc[("fineness", "grc"), "value"] == pytest.approx(1)
     assert rows.loc[("fineness", "grc"), "by_level"] > 0.9
@@ -105,8 +129,8 @@ def test_summary_finds_a_score_that_follows_and_one_that_does_not(world, rng):
 def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
     import pyarrow as pa
 
-    from cim.gallery.store import Gallery
     from cim.gallery.search import ExactSearch
+    from cim.gallery.store import Gallery
 
     vectors = rng.normal(size=(3000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -122,3 +146,51 @@ def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
 def test_rounding_is_no_variation(rng):
     assert not statistics.varies(1 + 1e-8 * rng.normal(size=40))
     assert statistics.varies(1 + 1e-4 * rng.normal(size=40))
+
+
+def test_the_permutation_test_agrees_with_scipy(rng):
+    difference = rng.normal(0.2, 1, 60)
+    ours = statistics.paired_permutation(difference, rng, 20_000)
+    theirs = scipy_stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng
+    ).pvalue
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert statistics.paired_permutation(np.zeros(5), rng) == 1
+    assert statistics.paired_permutation(np.ones(200), rng) < 1e-3
+
+
+def test_holm():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+def test_the_source_image_may_be_retrieved_or_not(world, gallery, encoders):
+    train = world.split("train")
+    scorer = Scorer(gallery, *encoders, RewardSettings(k=2))
+    scorer.add_sources(train)
+    captions = pd.DataFrame({"image_id": train.frame["image_id"], "caption": train.captions})
+    both = correlation.source_in_and_out(scorer, captions.assign(ladder="fineness", level=0, label="whole"))
+    assert scorer.settings == RewardSettings(k=2)
+    assert (
+        both.loc[("fineness", 0, "whole"), ("left in", "qir")] > both.loc[("fineness", 0, "whole"), ("left out", "qir")]
+    )
+
+
+def test_human_captions_become_ladders(rng):
+    queries = {f"i{n}": [f"one two three four five {n}", f"six seven {n}"] for n in range(4)} | {"short": ["alone"]}
+    frame = pd.DataFrame({"image_id": list(queries), "queries": [json.dumps(q) for q in queries.values()]})
+    table = correlation.graded_captions(Manifest(frame, Path()), rng).set_index(["image_id", "ladder", "label"])[
+        "caption"
+    ]
+    assert "short" not in table.index.get_level_values(0)
+    assert table["i1", "fineness", "first two words"] == "one two"
+    assert table["i1", "fineness", "all captions"] == "one two three four five 1 six seven 1"
+    assert table["i1", "accuracy", "another image's"] != table["i1", "accuracy", "one caption"]
+
+
+def test_spearman_metrics_are_those_of_the_table():
+    columns = ["ladder", "score", "correlation", "value", "low", "high", "by_level"]
+    rows = [("fineness", "grc", "pearson", 0.1, 0.0, 0.2, 1.0), ("fineness", "grc", "spearman", 0.4, 0.3, 0.5, 1.0)]
+    metrics = correlation.spearman_metrics(pd.DataFrame(rows, columns=columns))
+    assert metrics == {"fineness": {"grc": {"value": 0.4, "interval": [0.3, 0.5], "by_level": 1.0}}}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cim.world import language, questions, reader, scoring
+from cim.world import language, reader, scoring
 from cim.world.scenes import Scene, SceneObject, compose_splits, random_scene
 from cim.world.vocabulary import FAMILIES, FAMILY_OF, INVERSE, NAMES, generalisations
 
@@ -16,6 +16,10 @@ SCENE = Scene(
     (SceneObject("owl", "red", "large", (0, 0)), SceneObject("bee", "blue", "small", (0, 1)), SceneObject("car", "green", "small", (1, 1))),
     "beach",
 )  # fmt: skip
+
+
+def facts(caption, scene):
+    return scoring.count_facts(reader.read_caption(caption), scene)
 
 
 def test_sixty_objects_in_families_of_three_grades():
@@ -45,7 +49,7 @@ def test_a_scene_survives_json(seed):
 def test_the_reader_reads_all_that_the_writer_writes(seed):
     rng = np.random.default_rng(seed)
     scene = random_scene(rng)
-    counts = scoring.count_facts(language.describe(scene, rng), scene)
+    counts = facts(language.describe(scene, rng), scene)
     for fact in scoring.FACTS:
         assert (
             counts[f"{fact}_stated"]
@@ -61,7 +65,7 @@ def test_leaving_out_is_never_wrong(seed, p):
     scene = random_scene(rng)
     # Families are distinct within a scene; kinds are not, and "the animal" may then mean another one.
     detail = language.Detail(object=p, name=p, colour=p, size=p, relation=p, background=p)
-    counts = scoring.count_facts(language.describe(scene, rng, detail), scene)
+    counts = facts(language.describe(scene, rng, detail), scene)
     for fact in ("attribute", "relation", "background"):
         assert counts[f"{fact}_stated"] == counts[f"{fact}_correct"]
 
@@ -70,7 +74,7 @@ def test_leaving_out_is_never_wrong(seed, p):
 def test_errors_lower_precision(seed, errors):
     rng = np.random.default_rng(seed)
     scene = random_scene(rng)
-    counts = scoring.count_facts(language.describe(language.corrupt(scene, rng, errors), rng), scene)
+    counts = facts(language.describe(language.corrupt(scene, rng, errors), rng), scene)
     assert sum(counts[f"{f}_correct"] for f in scoring.FACTS) < sum(counts[f"{f}_stated"] for f in scoring.FACTS)
 
 
@@ -99,12 +103,12 @@ def test_reading(caption, objects, relations, background):
 
 
 def test_saying_a_thing_twice_is_a_false_object():
-    counts = scoring.count_facts("there is an owl and an owl.", SCENE)
+    counts = facts("there is an owl and an owl.", SCENE)
     assert (counts["object_stated"], counts["object_correct"], counts["object_recalled"]) == (2, 1, 1)
 
 
 def test_a_coarse_noun_is_right_but_recalls_nothing():
-    counts = scoring.count_facts("there is a bird.", SCENE)
+    counts = facts("there is a bird.", SCENE)
     assert (counts["object_stated"], counts["object_correct"], counts["object_recalled"]) == (1, 1, 0)
 
 
@@ -137,7 +141,7 @@ def test_an_unknown_question_is_refused():
 
 def test_questions_are_balanced_and_answered_by_a_full_caption(rng):
     scenes = [random_scene(rng) for _ in range(40)]
-    asked = questions.ask(scenes, rng)
+    asked = language.ask(scenes, rng)
     answers = [q["answer"] for row in asked for q in row]
     assert answers.count("yes") == answers.count("no")
     assert all(len(row) == 5 for row in asked)
@@ -162,6 +166,24 @@ def test_the_manifest_of_the_world(world):
     assert frame["image_id"].is_unique
     assert frame.loc[frame["split"] == "test", "questions"].map(lambda q: len(json.loads(q))).eq(5).all()
     assert not frame["caption"].str.strip().eq("").any()
+
+
+def test_a_data_set_without_test_scenes(raw_data, tmp_path):
+    from cim.data.dataset import DatasetSettings, make_dataset
+    from cim.data.manifest import read_manifest
+
+    settings = DatasetSettings(source="world", folder=str(raw_data), pretrain=2)
+    assert len(read_manifest(make_dataset(settings, tmp_path / "d"))) == 2
+
+
+def test_missing_drawings_are_named(tmp_path):
+    from cim.errors import CimError
+    from cim.world.render import Painter
+
+    (tmp_path / "owl.png").write_bytes(b"not an image")
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CimError, match=r"owl\.png: cannot be read .*; run 'cim data'"):
+            Painter(folder).paint(SCENE, np.random.default_rng(0))
 
 
 def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):

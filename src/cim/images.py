@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cim.errors import CimError
 
@@ -17,53 +19,47 @@ def open_image(source: Path | str | BinaryIO, name: str = "") -> Image.Image:
     """The image as RGB, fully decoded.
 
     Args:
-        source: a path or an open file.
-        name: what to call it in an error, where it is not a path.
+        name: the name of an open file in errors.
 
     Raises:
-        CimError: naming the file, where it is missing or cannot be decoded.
+        CimError: if the file is missing or cannot be decoded.
     """
-    name = name or source
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise CimError(f"{name}: image not found; restore the file or correct the manifest") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CimError(f"{name}: unreadable image ({error}); replace it or remove it from the data set") from None
+        raise CimError(f"{name or source}: image not found; restore the file or correct the manifest") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CimError(f"{name or source}: unreadable image ({error}); replace or remove it") from None
 
 
 class ImageFolder:
-    """The image files in a folder and its subfolders, found by name, with or without suffix.
-
-    Raises:
-        CimError: where the folder is missing.
-    """
+    """The image files in a folder and its subfolders, hidden ones left out, by name or stem."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder).expanduser().resolve()
         if not self.folder.is_dir():
-            raise CimError(f"{self.folder}: not a folder; name the one that holds the images")
-        self._by_name: dict[str, list[Path]] = {}
-        self._by_stem: dict[str, list[Path]] = {}
+            raise CimError(f"{self.folder}: not a folder; set it to the one that holds the images")
+        self._paths: dict[str, list[Path]] = defaultdict(list)
         for root, folders, names in os.walk(self.folder, followlinks=True):
-            folders.sort()
-            for name in sorted(names):
-                if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                    path = Path(root, name)
-                    self._by_name.setdefault(path.name, []).append(path)
-                    self._by_stem.setdefault(path.stem, []).append(path)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
+                if path.suffix.lower() in SUFFIXES:
+                    self._paths[path.name].append(path)
+                    self._paths[path.stem].append(path)
 
     def find(self, image: str) -> Path | None:
-        """The file of this name; None where there is none.
-
-        Raises:
-            CimError: naming both files, where two have this name.
-        """
+        """The file of this name, or None; a CimError that names both if two files have it."""
         name = Path(image).name
-        found = self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(Path(name).stem) or []
+        found = self._paths.get(name) or self._paths.get(Path(name).stem) or [None]
         if len(found) > 1:
-            raise CimError(
-                f"image '{image}' may be {found[0]} or {found[1]}; name a folder that holds only one of them"
-            )
-        return found[0] if found else None
+            raise CimError(f"image '{image}' may be {found[0]} or {found[1]}; set the image folder to one of theirs")
+        return found[0]
+
+    def paths(self, images: Sequence[str]) -> list[Path]:
+        """The files of these names; a CimError that names the first if any is missing."""
+        found = [self.find(image) for image in images]
+        if missing := [image for image, path in zip(images, found, strict=True) if path is None]:
+            count = f"{len(missing)} of {len(images)} images are missing"
+            raise CimError(f"{self.folder}: {count}, '{missing[0]}' among them; set the image folder to the right one")
+        return found

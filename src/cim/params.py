@@ -1,4 +1,4 @@
-"""Groups of params.yaml as typed settings, so that a wrong name, type or value is one clear error before any work."""
+"""Groups of params.yaml as typed settings: a wrong name, type or value is one clear error before any work starts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cim.errors import CimError
 
 PARAMS_FILE = Path("params.yaml")
-
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
+S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
     """One group of parameters: frozen, strictly typed, no unknown names, no infinite or undefined numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
@@ -42,7 +39,7 @@ def group(cls: type[S], values: dict[str, Any] | None, name: str) -> S:
     """The settings `cls` from the parameters group `name`.
 
     Raises:
-        CimError: for a missing group, and for the first unknown, missing, ill-typed or refused parameter.
+        CimError: for a missing group, and for the first unknown, missing or invalid parameter.
     """
     if not isinstance(values, dict):
         raise CimError(f"parameters: group '{name}' is missing or not a mapping")
@@ -62,6 +59,6 @@ def group(cls: type[S], values: dict[str, Any] | None, name: str) -> S:
 
 
 def require(condition: bool, message: str) -> None:
-    """For validators of settings: refuse a value, saying what is wanted."""
+    """Raise a ValueError with this message unless the condition holds; for validators of settings."""
     if not condition:
         raise ValueError(message)

@@ -1,11 +1,11 @@
-"""Training runs by name, METHOD-SEED as in cim-0, and what methods are called; light enough for a page of results."""
+"""Training runs by name, METHOD-SEED as in cim-0, and labels of methods; imports no heavy library."""
 
 from __future__ import annotations
 
 from cim.errors import CimError
 
 REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
-# sft: captions as annotators write them; sft_perfect: captions that leave out nothing and err nowhere.
+# sft: captions as annotators write them; sft_perfect: complete captions without errors.
 SFT_METHODS = ("sft", "sft_perfect")
 # GRPO that starts from the fine-tuned model of the same seed instead of the base.
 ON_SFT = "cim_on_sft"
@@ -26,11 +26,7 @@ LABELS = {
 
 
 def parse_run(run: str) -> tuple[str, int]:
-    """ "cim-0" to ("cim", 0).
-
-    Raises:
-        CimError: where it is not METHOD-SEED or the method is not known.
-    """
+    """ "cim-0" to ("cim", 0); CimError where it is not METHOD-SEED or the method is unknown."""
     method, _, seed = run.rpartition("-")
     known = (*REWARDS, *SFT_METHODS, ON_SFT)
     if not seed.isdigit() or method not in known:

@@ -16,13 +16,7 @@ from cim.images import open_image
 
 @torch.inference_mode()
 def caption_images(
-    model,
-    processor,
-    manifest: Manifest,
-    settings: ModelSettings,
-    max_new_tokens: int,
-    batch: int = 64,
-    progress: bool = True,
+    model, processor, manifest: Manifest, settings: ModelSettings, max_new_tokens: int, batch: int = 64, progress=True
 ) -> list[str]:
     """Greedy captions of all images of a manifest."""
     captions: list[str] = []

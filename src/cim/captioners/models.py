@@ -1,10 +1,12 @@
-"""Any image-text-to-text model of transformers: its settings, loading it safely, and the conversation it is asked in.
+"""Any image-text-to-text model of transformers: its settings, loading it, and prompting it.
 
-What a model is like comes from its processor, its chat template and these settings, never from its name.
+Nothing depends on a model's name: its processor, its chat template and these settings describe it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,23 +17,24 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from cim.errors import CimError
+from cim.images import open_image
 from cim.params import Settings
 from cim.processes import default_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Where the image's path through a model ends and language begins; transformers' models call it one of these.
-VISION = ("vision_tower", "visual", "vision_model")
+# Matches the parameters of a vision tower, by the names that transformers' models give it.
+VISION = r"(.*\.)?(vision_tower|visual|vision_model)\..*"
 
 
 class ModelSettings(Settings):
     """The `model` group.
 
     Attributes:
-        name: a local folder, or a name of the hub.
-        revision: a commit, tag or branch of the hub.
-        attention: transformers' attn_implementation; None leaves the choice to it.
+        name: a local folder, or a name on the hub.
+        revision: a commit, tag or branch on the hub.
+        attention: transformers' attn_implementation; None for its default.
         processor: options for the processor, such as Qwen's min_pixels or SmolVLM's size.
-        max_pixels: larger images are scaled down to so many pixels before the processor sees them.
+        max_pixels: larger images are scaled down to this size before the processor sees them.
         max_prompt: the most tokens of a prompt with its image; checked before training.
     """
 
@@ -40,7 +43,7 @@ class ModelSettings(Settings):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
-    processor: dict[str, Any] = {}
+    processor: dict[str, Any] = Field(default_factory=dict)
     max_pixels: int | None = Field(None, ge=28 * 28)
     max_prompt: PositiveInt | None = None
     trust_remote_code: bool = False
@@ -51,7 +54,7 @@ class ModelSettings(Settings):
 
     @property
     def source(self) -> dict[str, Any]:
-        """What every from_pretrained takes."""
+        """Arguments of every from_pretrained."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
@@ -59,34 +62,31 @@ def load_model(settings: ModelSettings, device: torch.device | None = None):
     """Model and processor, ready for generation; a folder with a LoRA adapter gets its base merged in.
 
     Raises:
-        CimError: where it is not there and cannot be fetched, saying why.
+        CimError: where it cannot be loaded, with the reason; so do load_processor and skeleton.
     """
-    name, dtype = settings.name, DTYPES[settings.dtype]
-    options = {"dtype": dtype, **settings.source}
+    name, options = settings.name, {"dtype": DTYPES[settings.dtype], **settings.source}
     if settings.attention:
         options["attn_implementation"] = settings.attention
-    try:
+    with _clear_errors(name):
         if (Path(name) / "adapter_config.json").is_file():
             from peft import PeftConfig, PeftModel
 
             config = PeftConfig.from_pretrained(name)
-            base = {**options, "revision": config.revision or "main"}
-            model = AutoModelForImageTextToText.from_pretrained(config.base_model_name_or_path, **base)
+            options["revision"] = config.revision or "main"
+            model = AutoModelForImageTextToText.from_pretrained(config.base_model_name_or_path, **options)
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
         else:
             model = AutoModelForImageTextToText.from_pretrained(name, **options)
-        processor = load_processor(settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise CimError(f"model '{name}' could not be loaded: {why_not_loaded(error)}") from None
     hold_batch_norm(model)
-    return model.to(device or default_device()).eval(), processor
+    return model.to(device or default_device()).eval(), load_processor(settings)
 
 
 def load_processor(settings: ModelSettings):
     """The processor, with the settings' options; its tokenizer pads on the left, as generation needs."""
-    processor = AutoProcessor.from_pretrained(settings.name, **settings.source, **settings.processor)
-    if not getattr(processor, "chat_template", None):
-        raise ValueError("its processor has no chat template")
+    with _clear_errors(settings.name):
+        processor = AutoProcessor.from_pretrained(settings.name, **settings.source, **settings.processor)
+        if not getattr(processor, "chat_template", None):
+            raise ValueError("its processor has no chat template")
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -94,34 +94,36 @@ def load_processor(settings: ModelSettings):
 
 
 def skeleton(settings: ModelSettings) -> nn.Module:
-    """The model without memory for its weights, from its configuration alone: for counting.
-
-    Raises:
-        CimError: as load_model.
-    """
-    try:
+    """The model without memory for its weights, from its configuration alone, for counting."""
+    with _clear_errors(settings.name), torch.device("meta"):
         config = AutoConfig.from_pretrained(settings.name, **settings.source)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=settings.trust_remote_code)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=settings.trust_remote_code)
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
-        raise CimError(f"model '{settings.name}' could not be loaded: {why_not_loaded(error)}") from None
+        raise CimError(f"model '{name}' could not be loaded: {why_not_loaded(error)}") from None
 
 
 def why_not_loaded(error: BaseException) -> str:
-    """What is wrong and its mend, from the hub's errors behind transformers'."""
+    """What is wrong and how to fix it, from the hub's errors behind those of transformers."""
     from huggingface_hub import errors as hub
 
     causes, cause = [], error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for kind, reason in (
-        (hub.GatedRepoError, "it is gated; accept its terms on its hub page, then log in with 'hf auth login'"),
-        (hub.RevisionNotFoundError, "the hub has no such revision of it; mend model.revision"),
-        (hub.RepositoryNotFoundError, "the hub has no such model, or it is private; mend model.name or log in"),
-        (hub.LocalEntryNotFoundError, "no such folder, not in the hub's cache, and the hub cannot be reached"),
-        (hub.OfflineModeIsEnabled, "no such folder, not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"),
-    ):
+    reasons = {
+        hub.GatedRepoError: "it is gated; accept its terms on its hub page, then log in with 'hf auth login'",
+        hub.RevisionNotFoundError: "the hub has no such revision of it; fix model.revision",
+        hub.RepositoryNotFoundError: "the hub has no such model, or it is private; fix model.name or log in",
+        hub.LocalEntryNotFoundError: "no such folder, not in the hub's cache, and the hub cannot be reached",
+        hub.OfflineModeIsEnabled: "no such folder, not in the hub's cache, and HF_HUB_OFFLINE forbids downloads",
+    }
+    for kind, reason in reasons.items():
         if any(isinstance(cause, kind) for cause in causes):
             return reason
     text = " ".join(str(error).split())
@@ -130,24 +132,16 @@ def why_not_loaded(error: BaseException) -> str:
     return text[:200]
 
 
-def hold_batch_norm(model: nn.Module) -> int:
-    """Keep every BatchNorm in evaluation mode for good; returns how many there are.
+def hold_batch_norm(model: nn.Module) -> None:
+    """Keep every BatchNorm in evaluation mode, also after `model.train()`.
 
-    A trainer's `model.train()` would else make a vision tower use and overwrite batch statistics, which
-    ruins it within a few steps at an almost unchanged reward.
+    Else a vision tower would use and overwrite batch statistics, which ruins it within a few steps at an almost
+    unchanged reward.
     """
-    held = 0
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-            held += 1
-    return held
-
-
-def is_vision(parameter: str) -> bool:
-    """Whether a parameter, by its name, belongs to a vision tower."""
-    return any(part in VISION for part in parameter.split("."))
 
 
 def chat(prompt: str) -> list[dict]:
@@ -156,7 +150,7 @@ def chat(prompt: str) -> list[dict]:
 
 
 def fit(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """The image, scaled down where it has more pixels than that; its shape is kept.
+    """The image, scaled down to at most max_pixels; its shape is kept.
 
     >>> fit(Image.new("RGB", (400, 100)), 10_000).size
     (200, 50)
@@ -168,19 +162,16 @@ def fit(image: Image.Image, max_pixels: int | None) -> Image.Image:
 
 
 def prompt_inputs(processor, images: list[Image.Image], settings: ModelSettings):
-    """What the model takes to caption these images: the same prompt for each, padded on the left."""
+    """The model's inputs to caption these images: the same prompt for each, padded on the left."""
     text = processor.apply_chat_template(chat(settings.prompt), add_generation_prompt=True, tokenize=False)
     fitted = [[fit(image, settings.max_pixels)] for image in images]
     return processor(images=fitted, text=[text] * len(images), padding=True, return_tensors="pt")
 
 
-def check_prompts(processor, images: list[Image.Image], settings: ModelSettings) -> int:
-    """The tokens of the longest of these prompts.
-
-    Raises:
-        CimError: where it is longer than max_prompt.
-    """
-    longest = int(prompt_inputs(processor, images, settings)["attention_mask"].sum(1).max())
+def longest_prompt(processor, paths: list[Path], settings: ModelSettings) -> int:
+    """Tokens of the longest prompt with one of these images; CimError where it is longer than max_prompt."""
+    inputs = prompt_inputs(processor, [open_image(path) for path in paths], settings)
+    longest = int(inputs["attention_mask"].sum(1).max())
     if settings.max_prompt is not None and longest > settings.max_prompt:
         raise CimError(
             f"a prompt with its image takes {longest} tokens, more than model.max_prompt={settings.max_prompt}; "

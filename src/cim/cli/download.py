@@ -1,4 +1,4 @@
-"""`cim download`: published data into a folder."""
+"""`cim download`: published data into a folder; prints licences and sizes, then asks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from cim.errors import CimError
 
 
-def add_command(commands) -> None:
-    """Add it to argparse's subparsers; it sets `handle`, which takes the arguments."""
-    command = commands.add_parser("download", help="published data: licence and size are told first")
+def add_commands(commands) -> None:
+    """Add the command to argparse's subparsers; its `handle` takes the arguments."""
+    command = commands.add_parser("download", help="download published data; prints licence and size first")
     command.add_argument("names", nargs="+", help="sc-captioner, coco-train, coco-val, docci, densefusion, oxford-pet")
-    command.add_argument("--to", type=Path, default=Path("datasets"), help="each goes to a folder of its name in this")
+    command.add_argument("--to", type=Path, default=Path("datasets"), help="parent of one folder per data set")
     command.add_argument("--yes", action="store_true", help="do not ask")
     command.set_defaults(handle=_download)
 
@@ -21,13 +21,8 @@ def add_command(commands) -> None:
 def _download(arguments: argparse.Namespace) -> None:
     from cim.data.downloads import describe, download
 
+    print("\n".join(map(describe, arguments.names)), flush=True)
+    if not arguments.yes and (not sys.stdin.isatty() or input("Download? [y/N] ").strip().lower() not in ("y", "yes")):
+        raise CimError("nothing was downloaded; confirm with y, or pass --yes where there is no terminal")
     for name in arguments.names:
-        print(describe(name), flush=True)
-    if not arguments.yes:
-        if not sys.stdin.isatty():
-            raise CimError("nothing was fetched; say --yes where nobody can be asked")
-        if input("Fetch? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise CimError("nothing was fetched")
-    for name in arguments.names:
-        download(name, arguments.to / name)
-        print(f"{name}: in {arguments.to / name}", flush=True)
+        print(f"{name}: in {download(name, arguments.to / name)}", flush=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from cim.errors import CimError
-from cim.pipeline.workspace import add_overrides, compose
+from cim.pipeline.compose import add_overrides, compose
 
 
-def add_command(commands) -> None:
+def add_commands(commands) -> None:
     """Add it to argparse's subparsers; it sets `handle`, which takes the arguments."""
     command = commands.add_parser("train", help="one training run of params.yaml; --plan: what it would take")
     command.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
-    command.add_argument("--plan", action="store_true", help="print models, data, batches, memory and hours, and stop")
+    command.add_argument("--plan", action="store_true", help="print model, data, batches, memory and hours, and stop")
     add_overrides(command, "with --plan: as in -S profile=paper")
     command.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
     command.set_defaults(handle=_train)
@@ -21,17 +21,13 @@ def add_command(commands) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from cim.params import read_params
     from cim.pipeline.paths import ARTIFACTS
-    from cim.train import launch
+    from cim.train import launch, preflight
 
     if arguments.overrides and not arguments.plan:
         raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")
     params = compose(arguments.overrides) if arguments.overrides else read_params()
-    accelerate = params["train"].get("accelerate")
     if arguments.plan:
-        from cim.train.preflight import plan
-
-        processes = arguments.processes or launch.processes(accelerate)
-        print("\n".join(plan(arguments.run, params, ARTIFACTS, processes)))
-        return
-    for line in launch.train(arguments.run, accelerate):
-        print(line, flush=True)
+        print(*preflight.plan(arguments.run, params, ARTIFACTS, arguments.processes), sep="\n")
+    else:
+        for line in launch.train(arguments.run, params):
+            print(line, flush=True)

@@ -9,14 +9,11 @@ from cim.params import group
 
 
 def written_captions(manifest: Manifest, chances: dict[str, float], slip_rate: float, seed: int) -> list[str]:
-    """The manifest's captions, or, where the scenes are known, ones with omissions and slips.
+    """The manifest's captions or, if the scenes are known, ones with omissions and errors.
 
     Args:
-        chances: the chance that annotators mention each kind of fact, as cim.world.language.Detail names them.
-        slip_rate: the chance that they state a fact wrongly.
-
-    Raises:
-        CimError: for an unknown kind of fact or a chance outside [0, 1].
+        chances: the probability that annotators mention each kind of fact, as in cim.world.language.Detail.
+        slip_rate: the probability that they state a fact wrongly.
     """
     if not manifest.scenes_known:
         return manifest.captions
@@ -25,5 +22,5 @@ def written_captions(manifest: Manifest, chances: dict[str, float], slip_rate: f
 
     rng = np.random.default_rng(seed)
     detail = group(Detail, chances, "sft.annotators")
-    scenes = (Scene.from_json(s) for s in manifest.frame["scene"])
+    scenes = map(Scene.from_json, manifest.frame["scene"])
     return [describe(with_slips(scene, rng, slip_rate), rng, detail) for scene in scenes]

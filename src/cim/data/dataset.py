@@ -21,8 +21,8 @@ class DatasetSettings(Settings):
 
     Attributes:
         source: one of SOURCES.
-        folder: the raw data: drawings for the world, else the data set in its published layout.
-        images: where the images are; None for the place that the layout names.
+        folder: the raw inputs of the world, else the data set in its published layout.
+        images: the folder of the images; None for the one that the layout names.
         train, test: how many images; of published data the first, or a random choice of so many, 0 for all.
     """
 
@@ -46,7 +46,7 @@ class DatasetSettings(Settings):
 
 
 def make_dataset(settings: DatasetSettings, out: Path) -> Path:
-    """Write the manifest, and the images where they are drawn here, to `out`; return the manifest's path."""
+    """Write the manifest, and for the world its images, to `out`; return the manifest's path."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     frame, root = SOURCES[settings.source](settings, out)
@@ -56,31 +56,15 @@ def make_dataset(settings: DatasetSettings, out: Path) -> Path:
     return out / "manifest.parquet"
 
 
-def make_raw_data(folder: Path, pointer: Path) -> str:
-    """Draw the small world's raw inputs, which data.dvc pins; see cim.world.raw."""
-    from cim.world import raw
-
-    return raw.make_raw_data(folder, pointer)
-
-
 def _world(s: DatasetSettings, out: Path) -> tuple[pd.DataFrame, Path]:
     from cim.world.dataset import draw_dataset
 
-    frame = draw_dataset(
-        Path(s.folder) / "objects",
-        out,
-        s.seed,
-        pretrain=s.pretrain,
-        train=s.train,
-        test=s.test,
-        looks=s.looks,
-        gallery_variants=s.gallery_variants,
-        objects=(s.min_objects, s.max_objects),
-    )
-    return frame, out
+    splits = s.model_dump(include={"pretrain", "train", "test", "looks", "gallery_variants"})
+    objects = (s.min_objects, s.max_objects)
+    return draw_dataset(Path(s.folder) / "objects", out, s.seed, objects=objects, **splits), out
 
 
-# Each takes the settings and the folder to draw to; returns the manifest's rows and the folder their images lie in.
+# Each takes the settings and the folder to draw to; it returns the manifest's rows and the folder of their images.
 SOURCES = {
     "world": _world,
     "flickr8k": lambda s, out: flickr8k.read(Path(s.folder), s.images),

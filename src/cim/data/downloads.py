@@ -1,214 +1,167 @@
-"""`cim download`: published data, whose licence and size are told before anything is fetched.
+"""Published data sets, whose licence and size are printed before anything is downloaded.
 
-Files are fetched with progress, go on where they were cut off, and are checked against their publisher's checksum
-where one is known. Data sets of the hub are fetched by huggingface_hub, which does the same.
+Downloads show progress, resume if interrupted, and are checked against their publisher's MD5 if one is known. They are
+collected in a hidden subfolder and moved to their place at the end, never over a file that exists.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
 import tarfile
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import requests
 from tqdm.auto import tqdm
 
 from cim.errors import CimError
 
-BLOCK = 1 << 16  # what a cut loses at most
+BLOCK = 1 << 16  # bytes that an interruption loses at most
+COCO = "http://images.cocodataset.org/zips/"
+PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+
+
+@contextmanager
+def _resumable(what: str) -> Iterator[None]:
+    """Report errors of requests, the hub and the disk, which are all OSErrors, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CimError(f"{what}: {' '.join(str(error).split())[:200]}; rerun the same command to resume") from None
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to fetch and unpack; md5 is None where its publisher states none that we know."""
+    """A .zip, .tar or .tar.gz; md5 is None if its publisher states none."""
 
-    url: str
-    md5: str | None
+    origin: str
+    md5: str | None = None
 
-    @property
-    def name(self) -> str:
-        return self.url.rpartition("/")[2]
+    def size(self) -> int:
+        with requests.head(self.origin, allow_redirects=True, timeout=30) as answer:
+            answer.raise_for_status()
+            return int(answer.headers.get("Content-Length", 0))
+
+    def fetch(self, folder: Path) -> Path:
+        path, files = folder / Path(self.origin).name, folder / "files"
+        download_file(self.origin, path)
+        with path.open("rb") as content:
+            if self.md5 and (found := hashlib.file_digest(content, "md5").hexdigest()) != self.md5:
+                path.unlink()
+                raise CimError(f"{self.origin}: its MD5 is {found}, not the published {self.md5}; removed, try again")
+        shutil.rmtree(files, ignore_errors=True)
+        try:
+            # Neither form writes outside the folder; zip takes no filter.
+            shutil.unpack_archive(path, files, **({} if path.suffix == ".zip" else {"filter": "data"}))
+        except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+            raise CimError(f"{path}: cannot be unpacked ({error}); delete it and rerun the same command") from None
+        return files
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set: what it is, under which licence, and where it comes from.
+class HubFiles:
+    """Files of a data set of the Hugging Face hub, by patterns."""
 
-    Attributes:
-        hub: a data set of the hub, with the patterns of the files wanted.
-        archives: files elsewhere.
-    """
+    origin: str
+    patterns: list[str]
 
-    what: str
+    def size(self) -> int:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import filter_repo_objects
+
+        files = HfApi().dataset_info(self.origin, files_metadata=True).siblings
+        wanted = filter_repo_objects(files, allow_patterns=self.patterns, key=lambda file: file.rfilename)
+        return sum(file.size or 0 for file in wanted)
+
+    def fetch(self, folder: Path) -> Path:
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(self.origin, repo_type="dataset", allow_patterns=self.patterns, local_dir=folder / "files")
+        return folder / "files"
+
+
+class Source(NamedTuple):
+    """A data set. A part's `size` is in bytes; its `fetch` downloads into a folder of its own and returns its files."""
+
+    content: str
     licence: str
-    hub: tuple[str, tuple[str, ...]] | None = None
-    archives: tuple[Archive, ...] = ()
+    parts: list[Archive | HubFiles]
 
 
-COCO = "http://images.cocodataset.org/zips/"
-PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+COCO_LICENCE = "images under their own Flickr licences, annotations CC BY 4.0"
 SOURCES = {
-    "sc-captioner": Source(
-        "RefinedCaps, COCO-LN500 and DOCCI500: captions and test sets, no images",
-        "Apache-2.0; captions of Localized Narratives and DOCCI CC BY 4.0",
-        hub=("zl2048/SC-Captioner-data", ("llamafactory_json/*",)),
-    ),
-    "coco-train": Source(
-        "COCO 2017 training images, which RefinedCaps is of",
-        "images under their own Flickr licences, annotations CC BY 4.0",
-        archives=(Archive(f"{COCO}train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2"),),
-    ),
-    "coco-val": Source(
-        "COCO 2017 validation images, which COCO-LN500 is of",
-        "images under their own Flickr licences, annotations CC BY 4.0",
-        archives=(Archive(f"{COCO}val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80"),),
-    ),
-    "docci": Source(
-        "DOCCI's images",
-        "CC BY 4.0",
-        archives=(Archive("https://storage.googleapis.com/docci/data/docci_images.tar.gz", None),),
-    ),
-    "densefusion": Source(
-        "DenseFusion-1M, captions and images of the gallery",
-        "CC BY 4.0; images under their owners' rights",
-        hub=("BAAI/DenseFusion-1M", ("DenseFusion-1M/*", "images/*")),
-    ),
-    "oxford-pet": Source(
-        "Oxford-IIIT Pet, for the motivation study",
-        "CC BY-SA 4.0",
-        archives=(
-            Archive(f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
-            Archive(f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f"),
-        ),
-    ),
-}
+    "sc-captioner": Source("RefinedCaps, COCO-LN500 and DOCCI500: captions and test sets, no images",
+                           "Apache-2.0; captions of Localized Narratives and DOCCI CC BY 4.0",
+                           [HubFiles("zl2048/SC-Captioner-data", ["llamafactory_json/*"])]),
+    "coco-train": Source("COCO 2017 training images, used by RefinedCaps", COCO_LICENCE,
+                         [Archive(f"{COCO}train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2")]),
+    "coco-val": Source("COCO 2017 validation images, used by COCO-LN500", COCO_LICENCE,
+                       [Archive(f"{COCO}val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80")]),
+    "docci": Source("DOCCI's images", "CC BY 4.0",
+                    [Archive("https://storage.googleapis.com/docci/data/docci_images.tar.gz")]),
+    "densefusion": Source("DenseFusion-1M, captions and images of the gallery",
+                          "CC BY 4.0; images under their owners' rights",
+                          [HubFiles("BAAI/DenseFusion-1M", ["DenseFusion-1M/*", "images/*"])]),
+    "oxford-pet": Source("Oxford-IIIT Pet, for the motivation study", "CC BY-SA 4.0",
+                         [Archive(f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
+                          Archive(f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f")]),
+}  # fmt: skip
 
 
 def describe(name: str) -> str:
-    """Licence, origin and size of a source, asked of its server.
-
-    Raises:
-        CimError: for an unknown name, or where the server cannot be reached.
-    """
-    source = _source(name)
-    if source.hub is not None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-
-        repository, patterns = source.hub
-        try:
-            files = HfApi().dataset_info(repository, files_metadata=True).siblings
-        except (HfHubHTTPError, OSError) as error:
-            raise CimError(f"{name}: the hub cannot be reached ({' '.join(str(error).split())[:150]})") from None
-        size = sum(f.size or 0 for f in files if any(Path(f.rfilename).match(pattern) for pattern in patterns))
-        origin = f"hub data set {repository}"
-    else:
-        size, origin = sum(_size(archive.url) for archive in source.archives), source.archives[0].url
-    return f"{name}: {source.what}\n  licence: {source.licence}\n  from: {origin}\n  size: {size / 1e9:.2f} GB"
-
-
-def download(name: str, folder: Path) -> None:
-    """Fetch and unpack a source into a folder; what is there already is not fetched again.
-
-    Raises:
-        CimError: where it cannot be fetched, is not what its publisher made, or the disk is full.
-    """
-    source, folder = _source(name), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if source.hub is not None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        repository, patterns = source.hub
-        try:
-            snapshot_download(repository, repo_type="dataset", allow_patterns=list(patterns), local_dir=folder)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CimError(f"{name}: {' '.join(str(error).split())[:200]}; the same command goes on") from None
-        return
-    for archive in source.archives:
-        done = folder / f".{archive.name}.done"
-        if done.is_file():
-            print(f"{archive.name}: is there already")
-            continue
-        path = fetch(archive.url, folder / archive.name, archive.md5)
-        unpack(path, folder)
-        path.unlink()
-        done.touch()
-
-
-def fetch(url: str, path: Path, md5: str | None, timeout: float = 60) -> Path:
-    """Fetch a file to `path`, going on with what an earlier try left in `path`.part.
-
-    Raises:
-        CimError: where the server does not give it, it has another checksum, or the disk is full.
-    """
-    if path.is_file():
-        return path
-    part = path.with_name(f"{path.name}.part")
-    have = part.stat().st_size if part.is_file() else 0
-    try:
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-            if answer.status_code != 416:  # 416: the part is the whole
-                answer.raise_for_status()
-                if have and answer.status_code != 206:  # the server knows no ranges
-                    have = 0
-                total = have + int(answer.headers.get("Content-Length", 0))
-                bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name, mininterval=2)
-                with part.open("ab" if have else "wb") as out, bar:
-                    for block in answer.iter_content(BLOCK):
-                        out.write(block)
-                        bar.update(len(block))
-                if total and part.stat().st_size < total:
-                    raise CimError(
-                        f"{url}: was cut off at {part.stat().st_size:,} of {total:,} bytes; run the same again"
-                    )
-    except requests.RequestException as error:
-        raise CimError(f"{url}: {' '.join(str(error).split())[:150]}; run the same again, it goes on") from None
-    except OSError as error:
-        raise CimError(f"{part}: cannot be written ({error.strerror}); make room and run the same again") from None
-    if md5 is not None and (found := _md5(part)) != md5:
-        part.unlink()
-        raise CimError(f"{url}: its MD5 is {found}, not the published {md5}; removed, run the same again")
-    os.replace(part, path)
-    return path
-
-
-def unpack(path: Path, folder: Path) -> None:
-    """Unpack a .zip, .tar or .tar.gz; nothing is written outside the folder.
-
-    Raises:
-        CimError: where it is not such a file.
-    """
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(folder)  # zipfile itself strips what leads outside
-        else:
-            with tarfile.open(path) as archive:
-                archive.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise CimError(f"{path}: cannot be unpacked ({error}); delete it and run the same again") from None
-
-
-def _source(name: str) -> Source:
+    """Licence, origin and size of a data set; a CimError for an unknown name, or if the server cannot be reached."""
     if name not in SOURCES:
-        raise CimError(f"data set '{name}' is not known; there are {', '.join(SOURCES)}")
-    return SOURCES[name]
+        raise CimError(f"data set '{name}' is unknown; choose from {', '.join(SOURCES)}")
+    content, licence, parts = SOURCES[name]
+    with _resumable(name):
+        size = sum(part.size() for part in parts)
+    return f"{name}: {content}\n  licence: {licence}\n  from: {parts[0].origin}\n  size: {size / 1e9:.2f} GB"
 
 
-def _size(url: str) -> int:
-    try:
-        answer = requests.head(url, allow_redirects=True, timeout=30)
+def download(name: str, folder: Path) -> Path:
+    """Download and unpack one of SOURCES into a folder, and return it; finished parts are not downloaded again.
+
+    Raises:
+        CimError: if it cannot be downloaded, its MD5 is not the published one, or one of its files exists already.
+    """
+    for part in SOURCES[name].parts:
+        own = folder / f".{Path(part.origin).name}"
+        done = own.with_name(f"{own.name}.done")
+        if done.is_file():
+            print(f"{part.origin}: already downloaded")
+            continue
+        with _resumable(part.origin):
+            own.mkdir(parents=True, exist_ok=True)
+            # What is hidden is the hub's own record of the download.
+            entries = sorted(entry for entry in part.fetch(own).iterdir() if not entry.name.startswith("."))
+            for entry in entries:
+                if (folder / entry.name).exists():
+                    raise CimError(f"{folder / entry.name}: exists already; move it away, or choose another --to")
+            for entry in entries:
+                entry.rename(folder / entry.name)
+            done.touch()
+            shutil.rmtree(own)
+    return folder
+
+
+def download_file(url: str, path: Path) -> None:
+    """Download to `path`, continuing a partial file; an OSError if the server, the connection or the disk fails."""
+    have = path.stat().st_size if path.is_file() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=60) as answer:
+        if answer.status_code == 416:  # no bytes are left
+            return
         answer.raise_for_status()
-    except requests.RequestException as error:
-        raise CimError(f"{url}: {' '.join(str(error).split())[:150]}") from None
-    return int(answer.headers.get("Content-Length", 0))
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "md5").hexdigest()
+        have = have if answer.status_code == 206 else 0  # 200: the server ignores ranges
+        total = have + int(answer.headers.get("Content-Length", 0))
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name, mininterval=2)
+        with path.open("ab" if have else "wb") as out, bar:
+            for block in answer.iter_content(BLOCK):
+                out.write(block)
+                bar.update(len(block))

@@ -1,4 +1,4 @@
-"""Benchmarks' labels and anybody's captions, read with care: what is wrong is reported, the rest is scored."""
+"""Labels of benchmarks, and user captions of their images: invalid entries are reported, the rest is scored."""
 
 from __future__ import annotations
 
@@ -7,105 +7,107 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
 
-LONGEST = 20_000  # characters of a caption that are read; a reference has some 800 at most
+LONGEST = 20_000  # characters of a caption that are read; the longest reference has about 800
+
+Questions = dict[str, str]
+Objects = tuple[str, ...]
+Attributes = dict[str, Objects]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A benchmark's labels, by image.
+    """Labels of a benchmark, by image.
 
     Attributes:
-        questions: question to answer, as the file has it (Yes, No, and a handful of others).
-        extra_objects: what else is in the image; empty where the benchmark has no such list.
-        extra_attributes: everything true of each object, likewise.
+        questions: question to answer, as in the file (Yes, No, and a few others).
+        extra_objects: further objects of the image; empty where the benchmark has no such list.
+        extra_attributes: all true attributes of each object, likewise.
     """
 
     name: str
     references: Mapping[str, str]
-    questions: Mapping[str, Mapping[str, str]]
-    extra_objects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    extra_attributes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    questions: Mapping[str, Questions]
+    extra_objects: Mapping[str, Objects] = field(default_factory=dict)
+    extra_attributes: Mapping[str, Attributes] = field(default_factory=dict)
 
 
-def labels_of(manifest: Manifest, name: str) -> Labels:
-    """The labels that a manifest's rows carry: captions as references, and what else its columns know."""
-    frame = manifest.frame
-    ids = frame["image_id"].tolist()
-
-    def column(key: str) -> dict[str, Any]:
-        if key not in frame:
-            return {}
-        return {i: json.loads(text) for i, text in zip(ids, frame[key], strict=True) if isinstance(text, str)}
-
-    asked = {i: {q["question"]: q["answer"] for q in questions} for i, questions in column("questions").items()}
-    objects = {i: tuple(words) for i, words in column("extra_objects").items()}
-    attributes = {i: {o: tuple(w) for o, w in of.items()} for i, of in column("extra_attributes").items()}
-    return Labels(name, dict(zip(ids, manifest.captions, strict=True)), asked, objects, attributes)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing in a captions file that could not be taken as it is, and what was done about it."""
+class Problem(NamedTuple):
+    """An invalid entry of a captions file, and how it is scored."""
 
     image: str
     what: str
 
 
+def labels_of(manifest: Manifest, name: str) -> Labels:
+    """The labels in a manifest: captions as references, and its columns of questions and extended lists."""
+    frame = manifest.frame.set_index("image_id")
+
+    def column(key: str, values: type) -> dict[str, Any]:
+        read, cells = TypeAdapter(values).validate_json, frame[key].items() if key in frame else ()
+        return {image: read(text) for image, text in cells if isinstance(text, str)}
+
+    asked = column("questions", list[dict[str, str]])
+    questions = {image: {row["question"]: row["answer"] for row in rows} for image, rows in asked.items()}
+    objects, attributes = column("extra_objects", Objects), column("extra_attributes", Attributes)
+    return Labels(name, frame["caption"].to_dict(), questions, objects, attributes)
+
+
 def load_labels(folder: Path, name: str = "") -> Labels:
-    """Labels in SC-Captioner's layout: references.json, questions.json, and where there are any extra_objects.jsonl and
+    """Labels in SC-Captioner's layout: references.json and, where they exist, questions.json, extra_objects.jsonl and
     extra_attributes.json.
 
     Raises:
-        CimError: where a file is missing or has another layout.
+        CimError: where references.json is missing, or a file has another layout.
     """
     folder = Path(folder)
-    references = _read_json(folder / "references.json")
-    if not all(isinstance(text, str) for text in references.values()):
-        raise CimError(f"{folder / 'references.json'}: should be {{image: caption}}")
-    questions = _read_json(folder / "questions.json") if (folder / "questions.json").is_file() else {}
-    objects: dict[str, tuple[str, ...]] = {}
-    if (path := folder / "extra_objects.jsonl").is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                objects |= {image: tuple(words) for image, words in json.loads(line).items()}
-            except (ValueError, AttributeError, TypeError) as error:
-                raise CimError(f"{path}:{number}: should be {{image: [objects]}} ({error})") from None
-    attributes = {}
-    if (path := folder / "extra_attributes.json").is_file():
-        attributes = {
-            image: {name: tuple(words) for name, words in of.items()} for image, of in _read_json(path).items()
-        }
-    return Labels(name or folder.name, references, questions, objects, attributes)
+
+    def read(file: str, values: type, layout: str, required: bool = False) -> dict[str, Any]:
+        path, found = folder / file, {}
+        if required or path.is_file():
+            text = _text(path)
+            for number, part in enumerate(text.splitlines() if path.suffix == ".jsonl" else [text], 1):
+                try:
+                    found |= TypeAdapter(dict[str, values]).validate_json(part)
+                except ValidationError as error:
+                    where = f"{path}:{number}" if path.suffix == ".jsonl" else path
+                    raise CimError(f"{where}: should be {layout} ({error.errors()[0]['msg']})") from None
+        return found
+
+    return Labels(
+        name or folder.name,
+        read("references.json", str, "{image: caption}", required=True),
+        read("questions.json", Questions, "{image: {question: answer}}"),
+        read("extra_objects.jsonl", Objects, "{image: [object, ...]}"),
+        read("extra_attributes.json", Attributes, "{image: {object: [attribute, ...]}}"),
+    )
 
 
 def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, str], list[Problem]]:
-    """A JSON of {image: caption}, and everything in it that is not as it should be.
+    """The captions of all known images from JSON of {image: caption}, and its invalid entries.
 
-    An image is known by its id, with or without a file's folder and suffix. Of repeated images the last one counts.
-    Images without a caption get an empty one, as silence is what they got; unknown images are left out.
+    An image is found by its id, with or without a file's folder and suffix. The last caption of an image counts. Images
+    without a caption get an empty one; unknown images are left out.
 
     Raises:
-        CimError: where the file cannot be read at all, or holds a caption of no known image.
+        CimError: where the file cannot be read, or has no caption of a known image.
     """
     pairs: list[tuple[str, object]] = []
 
     def keep_pairs(found: list[tuple[str, object]]) -> dict:
-        # Called from the inside out: what it saw last are the pairs of the whole, repeated keys among them.
-        pairs[:] = found
+        pairs[:] = found  # the outermost object comes last; a dict would hide its repeated keys
         return dict(found)
 
-    content = _text(path)
     try:
-        top = json.loads(content, object_pairs_hook=keep_pairs)
-    except ValueError as error:
+        top = json.loads(_text(path), object_pairs_hook=keep_pairs)
+    except (ValueError, RecursionError) as error:
         raise CimError(f"{path}: not JSON ({error})") from None
-    except RecursionError:
-        raise CimError(f"{path}: nested too deeply; should be {{image: caption}}") from None
     if not isinstance(top, dict):
         raise CimError(f"{path}: should be {{image: caption}}, not a {type(top).__name__}")
     captions: dict[str, str] = {}
@@ -124,41 +126,22 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
             problems.append(Problem(image, "caption is empty"))
         elif len(value) > LONGEST:
             problems.append(Problem(image, f"caption has {len(value):,} characters; only {LONGEST:,} are read"))
-            value = value[:LONGEST]
-        captions[image] = value
+        captions[image] = value[:LONGEST]
     if not captions:
-        raise CimError(f"{path}: no caption of an image of the benchmark; ids are such as '{next(iter(known))}'")
-    for image in known:
-        if image not in captions:
-            problems.append(Problem(image, "no caption; scored as empty"))
-            captions[image] = ""
-    return captions, problems
+        raise CimError(f"{path}: no caption of an image of the benchmark; its ids look like '{next(iter(known))}'")
+    missing = [image for image in known if image not in captions]
+    problems += [Problem(image, "no caption; scored as empty") for image in missing]
+    return captions | dict.fromkeys(missing, ""), problems
 
 
 def _text(path: Path) -> str:
     try:
         content = Path(path).read_bytes()
+        return content.decode(encoding := json.detect_encoding(content))
     except OSError as error:
         raise CimError(f"{path}: cannot be read ({error.strerror})") from None
-    for start, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8-sig")):
-        if content.startswith(start):
-            try:
-                return content.decode(encoding)
-            except UnicodeDecodeError as error:
-                raise CimError(
-                    f"{path}: not {encoding} ({error.reason} at byte {error.start}); save it as UTF-8"
-                ) from None
-    raise AssertionError("every content starts with nothing")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(_text(path))
-    except ValueError as error:
-        raise CimError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CimError(f"{path}: should be a JSON object by image")
-    return value
+    except UnicodeDecodeError as error:
+        raise CimError(f"{path}: not {encoding} ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def sentences_of(caption: str) -> list[str]:

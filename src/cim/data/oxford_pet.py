@@ -13,39 +13,35 @@ from cim.data import layout
 from cim.errors import CimError
 from cim.images import ImageFolder
 
+SPECIES = {"1": "cat", "2": "dog"}
+
 
 def read(folder: Path, images: str | None, seed: int) -> tuple[pd.DataFrame, Path]:
-    """Splits gallery and test, which alternate within a breed.
+    """Photos of `images`, or of FOLDER/images, as splits gallery and test, which alternate within a breed.
 
     Captions name the breed. Column `ladders` grades captions of an image from "an animal" to the breed (fineness), and
-    from the other species over another breed to the right one (accuracy): the paper's motivation study.
-
-    Args:
-        images: where the photos are; None for FOLDER/images. The annotations hold segmentation masks of the same
-            names, so they must not lie in it.
+    from the other species over another breed to the right one (accuracy): the paper's motivation study. The folder of
+    photos must not contain the annotations, which hold segmentation masks of the same names.
 
     Raises:
-        CimError: where list.txt is missing or has another layout, or an image is missing.
+        CimError: if list.txt is missing or has another layout, or an image is missing or ambiguous.
     """
     folder = folder.expanduser().resolve()
-    listing = layout.find_file(folder, "list.txt")
-    there = ImageFolder(images or folder / "images")
-    pets = _listed(listing)
-    breeds = {s: sorted({b for _, b, of in pets if of == s}) for s in ("cat", "dog")}
+    pets = _listed(layout.find_file(folder, "list.txt"))
+    paths = ImageFolder(images or folder / "images").paths([image for image, *_ in pets])
+    breeds = {s: sorted({breed for _, breed, species in pets if species == s}) for s in SPECIES.values()}
     rng = np.random.default_rng(seed)
-    rows, seen = [], dict[str, int]()
-    for image, breed, species in pets:
-        seen[breed] = seen.get(breed, -1) + 1
+    rows, seen = [], dict.fromkeys((breed for _, breed, _ in pets), 0)
+    for path, (_, breed, species) in zip(paths, pets, strict=True):
         others = [b for b in breeds[species] if b != breed] or [breed]
-        wrong, foreign = others[int(rng.integers(len(others)))], {"cat": "dog", "dog": "cat"}[species]
-        named, mistaken = (f"a photo of {_with_article(b)} {species}." for b in (breed, wrong))
+        named, mistaken = _photo(breed, species), _photo(others[int(rng.integers(len(others)))], species)
         ladders = {
             "fineness": ["a photo of an animal.", f"a photo of a {species}.", named],
-            "accuracy": [f"a photo of a {foreign}.", mistaken, named],
+            "accuracy": [f"a photo of a {'dog' if species == 'cat' else 'cat'}.", mistaken, named],
         }
         split = "test" if seen[breed] % 2 else "gallery"
-        row = layout.row(layout.find_image(there, image, listing.name), named, split, "Oxford-IIIT Pet")
-        rows.append(row | {"ladders": json.dumps(ladders)})
+        seen[breed] += 1
+        rows.append(layout.row(path, named, split, "Oxford-IIIT Pet", ladders=json.dumps(ladders)))
     return layout.joined(rows)
 
 
@@ -53,16 +49,12 @@ def _listed(listing: Path) -> list[tuple[str, str, str]]:
     """(image, breed, species) of each line."""
     pets = []
     for line in listing.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        try:
-            image, _, species, _ = line.split()
-            breed = re.sub(r"_\d+$", "", image).replace("_", " ")
-            pets.append((image, breed, {"1": "cat", "2": "dog"}[species]))
-        except (ValueError, KeyError):
-            raise CimError(f"{listing}: should be lines of 'image class species breed', not {line!r}") from None
+        if match := re.fullmatch(r"((\S+)_\d+) \d+ ([12]) \d+", line.strip()):
+            pets.append((match[1], match[2].replace("_", " "), SPECIES[match[3]]))
+        elif line.strip() and not line.startswith("#"):
+            raise CimError(f"{listing}: should be lines of 'image class species breed', not {line!r}")
     return pets
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+def _photo(breed: str, species: str) -> str:
+    return f"a photo of {'an' if breed[0].lower() in 'aeiou' else 'a'} {breed} {species}."

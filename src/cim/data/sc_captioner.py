@@ -11,6 +11,7 @@ import pandas as pd
 from cim.data import layout
 from cim.data.labels import load_labels, sentences_of
 from cim.errors import CimError
+from cim.files import read_json
 from cim.images import ImageFolder
 
 BENCHMARKS = ("cocoln500", "docci500")
@@ -18,80 +19,71 @@ TRAIN_FILE = "train_coco6k_sft.json"
 
 
 def read(folder: Path, images: str | None, train: int, test: int, seed: int) -> tuple[pd.DataFrame, Path]:
-    """RefinedCaps as split train, each benchmark as a split of its name.
+    """RefinedCaps as split train, each benchmark as a split of its name; images are found by name, default in FOLDER.
 
-    FOLDER holds train_coco6k_sft.json, test_cocoln500.json and test_docci500.json (LLaMA-Factory's layout) and, where
-    the benchmarks are to be evaluated in full, folders cocoln500 and docci500 with their labels. A benchmark without
-    its test file and labels is left out. Test rows get their reference's sentences as `queries`, for the correlation
-    study.
+    FOLDER holds train_coco6k_sft.json, test_cocoln500.json and test_docci500.json (LLaMA-Factory's layout) and, for a
+    full evaluation, folders cocoln500 and docci500 with their labels. A benchmark without its test file and labels is
+    left out. Test rows get their reference's sentences as `queries`, for the correlation study.
 
     Args:
-        images: where the images are, found by name; None for FOLDER.
         train: a random choice of so many training images; 0 for all.
         test: the first so many of each benchmark; 0 for all.
 
     Raises:
-        CimError: where a file has another layout, or an image is missing.
+        CimError: if a file has another layout, or an image is missing or ambiguous.
     """
     folder = folder.expanduser().resolve()
-    there = ImageFolder(images or folder)
-    pairs = llama_factory(layout.find_file(folder, TRAIN_FILE))
+    photos = ImageFolder(images or folder)
+    captions = llama_factory(layout.find_file(folder, TRAIN_FILE))
     if train:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:train])
-        pairs = [pairs[i] for i in chosen]
-    rows = [
-        layout.row(layout.find_image(there, image, TRAIN_FILE), caption, "train", "RefinedCaps")
-        for image, caption in pairs
-    ]
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(captions))[:train])
+        captions = [captions[i] for i in chosen]
+    paths = photos.paths([image for image, _ in captions])
+    rows = [layout.row(p, caption, "train", "RefinedCaps") for p, (_, caption) in zip(paths, captions, strict=True)]
     for name in BENCHMARKS:
-        benchmark = _benchmark(folder, name, there, test)
-        if not benchmark:
-            print(f"dataset: neither test_{name}.json nor {name}/references.json in {folder}; {name} left out")
-        rows += benchmark
+        rows += _benchmark(folder, name, photos, test)
     return layout.joined(rows)
 
 
-def _benchmark(folder: Path, name: str, there: ImageFolder, test: int) -> list[dict]:
+def _benchmark(folder: Path, name: str, photos: ImageFolder, test: int) -> list[dict]:
     file, labels = next(folder.rglob(f"test_{name}.json"), None), folder / name / "references.json"
     known = load_labels(labels.parent, name) if labels.is_file() else None
-    pairs = list(known.references.items()) if known else llama_factory(file) if file else []
+    if not known and not file:
+        print(f"dataset: neither test_{name}.json nor {name}/references.json in {folder}; {name} left out")
+        return []
+    captions = (list(known.references.items()) if known else llama_factory(file))[: test or None]
     rows = []
-    for image, caption in pairs[: test or None]:
+    for path, (image, caption) in zip(photos.paths([image for image, _ in captions]), captions, strict=True):
         sentences = sentences_of(caption)
-        row = layout.row(layout.find_image(there, image, name), caption, name, name)
-        row["queries"] = json.dumps(sentences if len(sentences) > 1 else [])
+        more = {"queries": sentences if len(sentences) > 1 else []}
         if known:
             asked = known.questions.get(image, {})
-            row["questions"] = json.dumps([{"question": q, "answer": answer} for q, answer in asked.items()])
-            if image in known.extra_objects:
-                row["extra_objects"] = json.dumps(known.extra_objects[image])
-            if image in known.extra_attributes:
-                row["extra_attributes"] = json.dumps(known.extra_attributes[image])
-        rows.append(row)
+            more["questions"] = [{"question": question, "answer": answer} for question, answer in asked.items()]
+            extended = {"extra_objects": known.extra_objects, "extra_attributes": known.extra_attributes}
+            more |= {column: of[image] for column, of in extended.items() if image in of}
+        rows.append(layout.row(path, caption, name, name, **{k: json.dumps(value) for k, value in more.items()}))
     return rows
 
 
 def llama_factory(path: Path) -> list[tuple[str, str]]:
     """(image, caption) pairs of LLaMA-Factory's JSON.
 
-    An entry is {"conversations": [{"value": prompt}, {"value": caption}], "images": [path]}.
-
-    Raises:
-        CimError: naming the entry that has another layout.
+    An entry is {"conversations": [{"value": prompt}, {"value": caption}], "images": [path]}; a CimError names the
+    first one in another layout.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except ValueError as error:
         raise CimError(f"{path}: not JSON ({error})") from None
     pairs = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        try:
-            caption, (image,) = entry["conversations"][1]["value"], entry["images"]
-        except (KeyError, IndexError, TypeError, ValueError):
-            caption = image = None
-        if not isinstance(caption, str) or not isinstance(image, str):
-            raise CimError(f"{path}: entry {number} should hold a prompt and a caption as conversations, and one image")
-        pairs.append((image, caption.strip()))
+        match entry:
+            case {"conversations": [_, {"value": str(caption)}, *_], "images": [str(image)]}:
+                pairs.append((image, caption.strip()))
+            case _:
+                raise CimError(
+                    f"{path}: entry {number} should hold a prompt and a caption as conversations, and one image"
+                )
     if not pairs:
         raise CimError(f"{path}: holds no captions")
     return pairs

@@ -1,8 +1,9 @@
-"""Captions of known quality, for the study of what the rewards follow."""
+"""Captions of known quality, and how scores follow it: the paper's motivation study."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import faiss
@@ -17,8 +18,17 @@ from cim.evaluation.statistics import correlations, mean_with_interval, varies
 from cim.gallery.store import Gallery, drop_excluded
 from cim.params import Settings
 from cim.rewards import gallery_representation_consistency
+from cim.scorer import Scorer
+from cim.world import ladders as world
 
 SCORES = ("grc", "qir", "cim", "clipscore", "words")
+GRADE = ["ladder", "level", "label"]
+# Labels of the grades from the lowest, by ladder.
+PETS = {"fineness": ("animal", "species", "breed"), "accuracy": ("other species", "other breed", "right breed")}
+HUMAN = {
+    "fineness": ("first two words", "first four words", "one caption", "all captions"),
+    "accuracy": ("another image's", "half wrong", "one caption"),
+}
 
 
 class CorrelationSettings(Settings):
@@ -33,91 +43,64 @@ class CorrelationSettings(Settings):
     model_captions: bool = False
 
 
-FINER = ("animal", "species", "breed")  # of the pets
-TRUER = ("other species", "other breed", "right breed")
-COLUMNS = ("image_id", "ladder", "level", "label", "caption")
-
-
 def graded_captions(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:
-    """Captions of every grade for each image of a manifest with scene graphs or with human captions.
+    """Captions of every grade for each image of a manifest with ladders, human captions or scene graphs.
 
     Returns:
         Columns image_id, ladder ("fineness" or "accuracy"), level (higher is better), label, caption
         and quality: graph F1 where the scene is known, else the level.
+
+    Raises:
+        CimError: for a manifest with none of them.
     """
     if "ladders" in manifest.frame:
-        return given_ladders(manifest)
+        return _graded(manifest.frame.set_index("image_id")["ladders"].map(json.loads), PETS)
     if "queries" in manifest.frame:
-        return human_ladders(manifest, rng)
+        return _graded(_human_ladders(manifest, rng), HUMAN)
     if not manifest.scenes_known:
         raise CimError(f"{manifest.name}: the study needs scene graphs or several human captions of each image")
-    from cim.world import ladders
-
-    return ladders.graded_captions(manifest.frame["image_id"], manifest.frame["scene"], rng)
+    return world.graded_captions(manifest.frame["image_id"], manifest.frame["scene"], rng)
 
 
-def given_ladders(manifest: Manifest) -> pd.DataFrame:
-    """The ladders that the manifest itself holds, coarsest and most wrong first; quality is the grade."""
+def _graded(ladders: Mapping[str, Mapping[str, list[str]]], labels: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The table of image_id -> ladder -> captions from the lowest grade."""
     rows = [
-        (image_id, ladder, level, {"fineness": FINER, "accuracy": TRUER}[ladder][level], caption)
-        for image_id, text in zip(manifest.frame["image_id"], manifest.frame["ladders"], strict=True)
-        for ladder, captions in json.loads(text).items()
+        (image_id, ladder, level, labels[ladder][level], caption, float(level))
+        for image_id, own in ladders.items()
+        for ladder, captions in own.items()
         for level, caption in enumerate(captions)
     ]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.assign(quality=table["level"].astype(float))
+    return pd.DataFrame(rows, columns=["image_id", *GRADE, "caption", "quality"])
 
 
-def human_ladders(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:
-    """More, fewer, truncated, half-wrong and foreign human captions; image_ids and captions as in the manifest.
-
-    Images with fewer than two captions beside the gallery's are left out.
-    """
-    queries = {i: json.loads(q) for i, q in zip(manifest.frame["image_id"], manifest.frame["queries"], strict=True)}
-    queries = {i: q for i, q in queries.items() if len(q) >= 2}
+def _human_ladders(manifest: Manifest, rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
+    """More, fewer, truncated, half-wrong and foreign captions of images with two or more besides the gallery's."""
+    queries = dict(zip(manifest.frame["image_id"], manifest.frame["queries"].map(json.loads), strict=True))
+    queries = {image_id: own for image_id, own in queries.items() if len(own) >= 2}
     if len(queries) < 3:
         raise CimError(f"{manifest.name}: fewer than three images have three captions or more")
-    ids = list(queries)
-    # A derangement by rotation of a random order: no image is its own stranger.
-    order = rng.permutation(len(ids))
-    stranger = {ids[a]: ids[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-    rows = []
+    # A derangement by rotation of a random order: no image gets its own caption as the foreign one.
+    ids, order = list(queries), rng.permutation(len(queries))
+    foreign = {ids[a]: queries[ids[b]][0] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    out = {}
     for image_id, own in queries.items():
-        one, foreign = own[0], queries[stranger[image_id]][0]
-        words, other = one.split(), foreign.split()
+        words, other = own[0].split(), foreign[image_id].split()
         half = " ".join(words[: len(words) // 2] + other[len(other) // 2 :])
-        rows += [
-            (image_id, "fineness", 0, "first two words", " ".join(words[:2])),
-            (image_id, "fineness", 1, "first four words", " ".join(words[:4])),
-            (image_id, "fineness", 2, "one caption", one),
-            (image_id, "fineness", 3, "all captions", " ".join(own)),
-            (image_id, "accuracy", 0, "another image's", foreign),
-            (image_id, "accuracy", 1, "half wrong", half),
-            (image_id, "accuracy", 2, "one caption", one),
-        ]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.assign(quality=table["level"].astype(float))
+        fineness = [" ".join(words[:2]), " ".join(words[:4]), own[0], " ".join(own)]
+        out[image_id] = {"fineness": fineness, "accuracy": [foreign[image_id], half, own[0]]}
+    return out
 
 
 def model_captions(manifest: Manifest, captions: list[str]) -> pd.DataFrame:
-    """The same table for captions that a model wrote, ladder "model".
-
-    Raises:
-        CimError: where the scenes are not known, without which such captions have no grade.
-    """
+    """The same table for captions that a model wrote, ladder "model"; CimError where the scenes are not known."""
     if not manifest.scenes_known:
         raise CimError("parameters: correlation.model_captions needs images whose scenes are known; set it to false")
-    from cim.world import ladders
-
     table = pd.DataFrame({"image_id": manifest.frame["image_id"], "ladder": "model", "level": 0, "label": "base model"})
-    return table.assign(caption=captions, quality=ladders.quality(captions, manifest.frame["scene"]))
+    return table.assign(caption=captions, quality=world.quality(captions, manifest.frame["scene"]))
 
 
-def summarise(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What follows what.
-
-    Args:
-        table: graded captions with columns of SCORES.
+def summarize(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How the scores of graded captions (columns of SCORES) follow the grades.
 
     Returns:
         (levels, follows): the mean of each score at each level with its interval; and for each ladder
@@ -138,12 +121,31 @@ def summarise(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> 
             found = correlations(values, part["quality"].to_numpy(), part["image_id"].to_numpy(), rng, resamples)
             means = part.groupby("level")[score].mean()
             by_level = float(spearmanr(means.index, means).statistic) if len(means) > 1 else float("nan")
-            for kind in ("pearson", "spearman"):
-                follows.append((ladder, score, kind, found[kind]["value"], *found[kind]["interval"], by_level))
-    return (
-        pd.DataFrame(levels, columns=["ladder", "level", "label", "score", "mean", "low", "high"]),
-        pd.DataFrame(follows, columns=["ladder", "score", "correlation", "value", "low", "high", "by_level"]),
+            follows += [(ladder, score, k, c["value"], *c["interval"], by_level) for k, c in found.items()]
+    columns = ["ladder", "score", "correlation", "value", "low", "high", "by_level"]
+    return pd.DataFrame(levels, columns=[*GRADE, "score", "mean", "low", "high"]), pd.DataFrame(
+        follows, columns=columns
     )
+
+
+def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
+    """Spearman with quality for a metrics file: {ladder: {score: {"value", "interval", "by_level"}}}."""
+    out: dict = {}
+    for r in follows[follows["correlation"] == "spearman"].itertuples():
+        cell = {"value": r.value, "interval": [r.low, r.high], "by_level": r.by_level}
+        out.setdefault(r.ladder, {})[r.score] = cell
+    return out
+
+
+def source_in_and_out(scorer: Scorer, captions: pd.DataFrame) -> pd.DataFrame:
+    """Mean GRC and QIR of each grade where captions may not retrieve their own source image, and where they may."""
+    settings, means = scorer.settings, {}
+    for label, exclude in (("left out", True), ("left in", False)):
+        scorer.settings = settings.model_copy(update={"exclude_source": exclude})
+        scores = scorer.retrieval_scores(captions["caption"].tolist(), captions["image_id"].tolist())
+        means[label] = captions[GRADE].join(scores).groupby(GRADE)[["grc", "qir"]].mean()
+    scorer.settings = settings
+    return pd.concat(means, axis=1)
 
 
 def grc_by_density(
@@ -161,7 +163,7 @@ def grc_by_density(
         exclude: (n,) gallery row that each query may not retrieve, or None.
 
     Returns:
-        Columns label, fraction, rows, k, grc. Combinations that the thinned gallery is too small for are left out.
+        Columns label, fraction, rows, k, grc; without combinations that need more rows than the fraction holds.
     """
     texts = gallery.text_embeddings()
     out = []
@@ -169,9 +171,7 @@ def grc_by_density(
         kept = np.sort(rng.choice(len(gallery), max(1, round(fraction * len(gallery))), replace=False))
         index = faiss.IndexFlatIP(texts.shape[1])
         index.add(texts[kept])
-        for k in ks:
-            if k + 1 > len(kept):
-                continue
+        for k in (k for k in ks if k < len(kept)):
             for label, vectors in queries.items():
                 found = kept[index.search(vectors, k + 1)[1]]
                 found = found[:, :k] if exclude is None else drop_excluded(found, exclude)

@@ -1,8 +1,9 @@
-"""Caption quality of models against the ground truth, with intervals over images and seeds."""
+"""Captions of every method against the truth: CAPTURE, and where scenes are known every fact counted."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,25 +12,22 @@ import pandas as pd
 from pydantic import Field
 
 from cim.captioners.generate import diversity
+from cim.data.labels import Labels
 from cim.data.manifest import Manifest
+from cim.encoders import load_text_encoder
 from cim.errors import CimError
-from cim.evaluation.capture.evaluate import Evaluation
-from cim.evaluation.statistics import interval, resample_weights
+from cim.evaluation.capture.evaluate import Captions, Evaluation, Retrieval, agreement
+from cim.evaluation.capture.evaluate import evaluate as evaluate_capture
+from cim.evaluation.capture.parsers import CACHE, load_parser
+from cim.evaluation.capture.readers import load_reader
+from cim.evaluation.capture.synonyms import load_wordnet
+from cim.evaluation.statistics import Bootstrap, ratio
+from cim.files import read_json
 from cim.params import Names, Settings
+from cim.processes import default_device
 from cim.runs import BASE, LABELS, parse_run
 from cim.world.scenes import Scene
 from cim.world.scoring import COUNTS, FACTS, score_captions
-
-# Metrics in the order of tables; each is a ratio of sums over images, so it is exact under resampling.
-METRICS = (
-    *(f"{fact}_{kind}" for fact in (*FACTS, "all") for kind in ("precision", "recall", "f1")),
-    "qa_accuracy",
-    "qa_balanced",
-    "qa_yes",
-    "qa_no",
-    "qa_told",
-    "words",
-)
 
 
 class EvaluateSettings(Settings):
@@ -44,189 +42,131 @@ class EvaluateSettings(Settings):
     wordnet: bool = True
 
 
-def read_captions(folder: Path) -> pd.DataFrame:
-    """What stage `captions` wrote for one split; columns method, seed, image_id, caption, the base model first.
+def read_captions(folder: Path) -> Captions:
+    """Captions of one split as stage `captions` wrote them, the base model's first.
 
     Raises:
-        CimError: where there are none.
+        CimError: where the base model's captions are missing.
     """
-    files = sorted(folder.glob("*.json"), key=lambda path: (path.stem != BASE, path.stem))
-    if not files or files[0].stem != BASE:
-        raise CimError(f"{folder / BASE}.json: not found; stage 'captions' writes it")
-    parts = []
-    for path in files:
+    if not (folder / f"{BASE}.json").is_file():
+        raise CimError(f"{folder / BASE}.json: not found; run stage 'captions'")
+    captions: dict[str, dict[int, dict[str, str]]] = {}
+    for path in sorted(folder.glob("*.json")):
         method, seed = ("base", 0) if path.stem == BASE else parse_run(path.stem)
-        said = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(pd.DataFrame({"method": method, "seed": seed, "image_id": said.keys(), "caption": said.values()}))
-    table = pd.concat(parts, ignore_index=True)
-    order = [method for method in LABELS if method in set(table["method"])]
-    return table.sort_values("method", key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
+        captions.setdefault(method, {})[seed] = read_json(path)
+    return {method: dict(sorted(captions[method].items())) for method in LABELS if method in captions}
 
 
 def capture(
-    settings: EvaluateSettings, split: Manifest, name: str, captions: pd.DataFrame, gallery: Path
+    settings: EvaluateSettings, captions: Captions, labels: Labels, retrieval: Retrieval | None, cache: Path = CACHE
 ) -> Evaluation:
-    """CAPTURE and all that goes with it, of the captions of one split, with GRC, QIR and CIM beside.
+    """CAPTURE and what goes with it, by the named parser, encoder and reader: see cim.evaluation.capture.evaluate.
 
-    Args:
-        captions: as read_captions gives them.
-        gallery: the folder of a gallery.
+    With the factual parser, whose parses are kept in `cache`, metrics hold its agreement with the pattern parser.
     """
-    from cim.data.labels import labels_of
-    from cim.encoders import load_text_encoder
-    from cim.evaluation.capture.evaluate import evaluate as judge
-    from cim.evaluation.capture.parsers import CachedParser, load_parser
-    from cim.evaluation.capture.readers import load_reader
-    from cim.evaluation.capture.synonyms import load_wordnet
-    from cim.processes import default_device
-    from cim.scorer import load_scorer
-
     wordnet = load_wordnet() if settings.wordnet else None
-    parser = CachedParser(load_parser(settings.parser, wordnet, str(default_device())), Path(".cache/parses"))
-    scorer = load_scorer(gallery)
-    scorer.add_sources(split)
-    return judge(
-        by_method(captions),
-        labels_of(split, name),
-        parser,
-        load_text_encoder(settings.encoder).encode,
-        wordnet,
-        load_reader(settings.reader) if settings.reader else None,
-        scorer.retrieval_scores,
-        settings.seed,
-        settings.resamples,
-    )
+    parser = load_parser(settings.parser, wordnet, str(default_device()), cache)
+    encode = load_text_encoder(settings.encoder).encode
+    reader = load_reader(settings.reader) if settings.reader else None
+    bootstrap = settings.seed, settings.resamples
+    done = evaluate_capture(captions, labels, parser, encode, wordnet, reader, retrieval, *bootstrap)
+    if settings.parser == "factual":
+        graphs = (p.parse(list(labels.references.values())) for p in (parser, load_parser("pattern", wordnet)))
+        done.metrics["agreement with the pattern parser"] = agreement(*graphs)
+    return done
 
 
 def extremes(images: pd.DataFrame, method: str, shown: int = 4) -> pd.DataFrame:
-    """The images whose captions gained and lost most in strict CAPTURE over the base's, first seeds; best first.
+    """The images whose captions gained and lost most in strict CAPTURE over the base's: columns image, gain.
 
-    Returns:
-        Columns image, gain.
+    Args:
+        images: of an Evaluation; of each method the first seed counts.
     """
-    strict = images[images["mode"] == "strict"]
-    first = strict[strict["seed"] == strict.groupby("method")["seed"].transform("min")]
+    first = images[images["mode"] == "strict"].drop_duplicates(["method", "image"])
     wide = first.pivot(index="image", columns="method", values="capture")
     gain = (wide[method] - wide["base"]).dropna().sort_values(ascending=False, kind="stable")
     return pd.concat([gain.head(shown), gain.tail(shown)]).rename("gain").reset_index()
 
 
-def by_method(captions: pd.DataFrame) -> dict[str, dict[int, dict[str, str]]]:
-    """The same as {method: {seed: {image_id: caption}}}, which cim.capture takes."""
-    out: dict[str, dict[int, dict[str, str]]] = {}
-    for (method, seed), part in captions.groupby(["method", "seed"], sort=False):
-        out.setdefault(method, {})[int(seed)] = dict(zip(part["image_id"], part["caption"], strict=True))
-    return out
+def with_controls(captions: Captions) -> Captions:
+    """The captions and an empty one of every image, which shows what the form of the questions gives away."""
+    return {**captions, "empty": {0: dict.fromkeys(captions["base"][0], "")}}
 
 
-def with_controls(captions: pd.DataFrame) -> pd.DataFrame:
-    """Add the line of empty captions, which tells what a question's form alone gives away."""
-    ids = captions.loc[captions["method"] == "base", "image_id"]
-    empty = pd.DataFrame({"method": "empty", "seed": 0, "image_id": ids, "caption": ""})
-    return pd.concat([captions, empty], ignore_index=True)
+def fact_counts(captions: Mapping[str, str], manifest: Manifest) -> pd.DataFrame:
+    """What each caption states and answers, one row an image, sorted by image_id.
+
+    Returns:
+        Columns <fact>_<count> for FACTS x COUNTS, yes_right, yes_asked, no_right, no_asked, answered, words, one.
+    """
+    truth = manifest.frame.sort_values("image_id")
+    scenes, questions = truth["scene"].map(Scene.from_json), truth["questions"].map(json.loads)
+    scores = score_captions([captions[i] for i in truth["image_id"]], scenes.tolist(), questions.tolist())
+    counts = scores[[f"{fact}_{count}" for fact in FACTS for count in COUNTS]].astype(float)
+    for answer in ("yes", "no"):
+        verdicts = scores.filter(regex=f"^qa_.*_{answer}$")
+        counts[f"{answer}_right"], counts[f"{answer}_asked"] = verdicts.sum(axis=1), verdicts.notna().sum(axis=1)
+    return counts.assign(answered=scores.filter(regex="^told_").sum(axis=1), words=scores["words"], one=1.0)
 
 
-def image_counts(captions: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
-    """What each caption states and answers, as counts; one row a caption, in the order given."""
-    truth = manifest.frame.set_index("image_id")
-    scenes = {i: Scene.from_json(s) for i, s in truth["scene"].items()}
-    questions = {i: json.loads(q) for i, q in truth["questions"].items()}
-    ids = captions["image_id"]
-    scores = score_captions(captions["caption"].tolist(), [scenes[i] for i in ids], [questions[i] for i in ids])
-    out = scores[[f"{fact}_{count}" for fact in FACTS for count in COUNTS]].astype(float)
-    for given in ("yes", "no"):
-        columns = [c for c in scores if c.startswith("qa_") and c.endswith(f"_{given}")]
-        out[f"{given}_right"] = scores[columns].sum(axis=1)
-        out[f"{given}_asked"] = scores[columns].notna().sum(axis=1)
-    out["told"] = scores[[c for c in scores if c.startswith("told_")]].sum(axis=1)
-    out["words"] = scores["words"]
-    out["one"] = 1.0
-    return pd.concat([captions[["method", "seed", "image_id"]].reset_index(drop=True), out], axis=1)
-
-
-def metrics_of(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """METRICS from summed counts; arrays of any one shape in, the same shape out, NaN where nothing is counted."""
-
-    def over(a, b):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(b > 0, a / b, np.nan)
-
-    t = {**totals, **{f"all_{c}": sum(totals[f"{fact}_{c}"] for fact in FACTS) for c in COUNTS}}
+def metrics_of(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Metrics from summed columns of fact_counts, in the order of tables; NaN where nothing is counted."""
     out = {}
     for fact in (*FACTS, "all"):
+        parts = FACTS if fact == "all" else [fact]
+        stated, correct, recalled, true = (sum(totals[f"{part}_{count}"] for part in parts) for count in COUNTS)
+        precision, recall = ratio(correct, stated), ratio(recalled, true)
         # Nothing stated is nothing wrong, but F1 is then 0, not undefined.
-        precision, recall = (
-            over(t[f"{fact}_correct"], t[f"{fact}_stated"]),
-            over(t[f"{fact}_recalled"], t[f"{fact}_true"]),
-        )
         safe = np.nan_to_num(precision)
-        f1 = np.nan_to_num(over(2 * safe * recall, safe + recall))
+        f1 = np.nan_to_num(ratio(2 * safe * recall, safe + recall))
         out |= {f"{fact}_precision": precision, f"{fact}_recall": recall, f"{fact}_f1": f1}
-    asked = t["yes_asked"] + t["no_asked"]
-    yes, no = over(t["yes_right"], t["yes_asked"]), over(t["no_right"], t["no_asked"])
-    out |= {
-        "qa_accuracy": over(t["yes_right"] + t["no_right"], asked),
+    asked = totals["yes_asked"] + totals["no_asked"]
+    yes, no = (ratio(totals[f"{answer}_right"], totals[f"{answer}_asked"]) for answer in ("yes", "no"))
+    return out | {
+        "qa_accuracy": ratio(totals["yes_right"] + totals["no_right"], asked),
         "qa_balanced": (yes + no) / 2,
         "qa_yes": yes,
         "qa_no": no,
-        "qa_told": over(t["told"], asked),
-        "words": over(t["words"], t["one"]),
+        "qa_answered": ratio(totals["answered"], asked),
+        "words": ratio(totals["words"], totals["one"]),
     }
-    return out
 
 
-def evaluate(counts: pd.DataFrame, seed: int, resamples: int, against: str = "base") -> dict[str, dict]:
-    """Each method's metrics with 95 % intervals, and its gain over `against`, paired over images.
+def evaluate(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamples: int) -> dict[str, dict]:
+    """Each method's metrics with 95 % intervals over images and seeds, and its gain over the first, paired by image.
 
-    A bootstrap resample draws images, the same for every method, and within a method draws its seeds.
+    Args:
+        counts: method -> seed -> fact_counts.
 
     Returns:
-        {method: {"seeds": [...], "images": n, "metrics": {name: {"value", "interval", "gain",
-        "gain_interval"}}}}.
+        {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval"}}}}.
     """
+    tables = {method: np.stack([part.to_numpy() for part in runs.values()]) for method, runs in counts.items()}
+    first, images = next(iter(tables)), next(iter(tables.values())).shape[1]
+    columns = counts[first][min(counts[first])].columns
     rng = np.random.default_rng(seed)
-    names = [c for c in counts if c not in ("method", "seed", "image_id")]
-    ids = sorted(counts["image_id"].unique())
-    weights = resample_weights(len(ids), resamples, rng)
-
-    def bootstrap(method: str) -> tuple[list[int], dict, dict]:
-        runs = {
-            s: p.set_index("image_id").loc[ids, names].to_numpy(float)
-            for s, p in counts[counts["method"] == method].groupby("seed")
-        }
-        stacked = np.stack(list(runs.values()))  # (seeds, images, counts)
-        drawn = resample_weights(len(runs), resamples, rng)
-        totals = np.einsum("bs,bi,sic->bc", drawn, weights, stacked, optimize=True)
-        value = metrics_of(dict(zip(names, stacked.sum((0, 1)), strict=True)))
-        samples = metrics_of(dict(zip(names, totals.T, strict=True)))
-        return [int(s) for s in runs], value, samples
-
-    _, base_value, base_samples = bootstrap(against)
+    bootstrap = Bootstrap(images, {method: len(runs) for method, runs in counts.items()}, resamples, rng)
+    found = {
+        method: bootstrap.estimates(method, table, lambda sums: metrics_of(dict(zip(columns, sums.T, strict=True))))
+        for method, table in tables.items()
+    }
     out = {}
-    for method in counts["method"].unique():
-        seeds, value, samples = bootstrap(method) if method != against else ([0], base_value, base_samples)
-        cells = {}
-        for name in METRICS:
-            cell = {"value": float(value[name]), "interval": interval(samples[name])}
-            if method != against:
-                cell["gain"] = float(value[name] - base_value[name])
-                cell["gain_interval"] = interval(samples[name] - base_samples[name])
-            cells[name] = cell
-        out[method] = {"seeds": seeds, "images": len(ids), "metrics": cells}
+    for method, estimates in found.items():
+        cells = {name: estimate.cell() for name, estimate in estimates.items()}
+        for name, cell in cells.items() if method != first else ():
+            gain = (estimates[name] - found[first][name]).cell()
+            cell |= {"gain": gain["value"], "gain_interval": gain["interval"]}
+        out[method] = {"seeds": list(counts[method]), "images": images, "metrics": cells}
     return out
 
 
 def always_yes(manifest: Manifest) -> dict[str, float]:
-    """What a reader that always says Yes would score on the questions."""
-    answers = [q["answer"] for asked in manifest.frame["questions"] for q in json.loads(asked)]
-    yes = float(np.mean([a == "yes" for a in answers]))
-    return {"qa_accuracy": yes, "qa_balanced": 0.5}
+    """The scores on the questions of a reader that always says Yes."""
+    answers = [q["answer"] == "yes" for asked in manifest.frame["questions"] for q in json.loads(asked)]
+    return {"qa_accuracy": float(np.mean(answers)), "qa_balanced": 0.5}
 
 
-def collapse(captions: pd.DataFrame) -> pd.DataFrame:
-    """What shows a collapse, for each method and seed: distinct captions, the most common one's share, words."""
-    rows = [
-        {"method": m, "seed": s, **diversity(p["caption"])}
-        for (m, s), p in captions.groupby(["method", "seed"], sort=False)
-    ]
-    return pd.DataFrame(rows)
+def collapse(captions: Captions) -> pd.DataFrame:
+    """Diversity statistics that reveal collapse: columns method, seed, distinct, most_common, words."""
+    runs = [(method, seed, of) for method, seeds in captions.items() for seed, of in seeds.items()]
+    return pd.DataFrame([{"method": m, "seed": s, **diversity(list(of.values()))} for m, s, of in runs])

@@ -1,11 +1,59 @@
-"""Bootstrap intervals over images, vectorised."""
+"""Bootstrap intervals over images and seeds, correlations and permutation tests.
+
+In correlations `score`, `quality` and `judged` are (n,) values per caption and `images` is (n,), the image of each
+caption; a resample draws images with all their captions. A cell is {"value", "interval"}, as metrics files hold it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import numpy as np
+import pandas as pd
 from scipy.stats import kendalltau, rankdata
 
-LEVEL = 0.95
+TAIL = (1 - 0.95) / 2  # of a 95 % interval
+
+
+class Estimate(NamedTuple):
+    """A value and its (resamples,) bootstrap samples; NaN where it is undefined. Differences keep the pairing."""
+
+    value: float
+    samples: np.ndarray
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return Estimate(self.value - other.value, self.samples - other.samples)
+
+    def cell(self) -> dict:
+        """{"value", "interval"}, the interval at 95 %."""
+        return {"value": float(self.value), "interval": interval(self.samples)}
+
+
+class Bootstrap:
+    """Resamples of images, which all methods share, and of each method's seeds, drawn in the order of `seeds`.
+
+    Args:
+        images: how many images there are.
+        seeds: method -> how many seeds it has.
+    """
+
+    def __init__(self, images: int, seeds: Mapping[str, int], resamples: int, rng: np.random.Generator):
+        self.images = resample_weights(images, resamples, rng)
+        self.seeds = {method: resample_weights(n, resamples, rng) for method, n in seeds.items()}
+
+    def estimates(
+        self, method: str, counts: np.ndarray, metrics: Callable[[np.ndarray], dict[str, np.ndarray]]
+    ) -> dict[str, Estimate]:
+        """Metrics that are functions of sums over images and seeds.
+
+        Args:
+            counts: (seeds, images, columns).
+            metrics: from (..., columns) sums to named (...) values.
+        """
+        drawn = zip(self.seeds[method].T, counts, strict=True)
+        samples = metrics(sum(times[:, None] * (self.images @ part) for times, part in drawn))
+        return {name: Estimate(value, samples[name]) for name, value in metrics(counts.sum((0, 1))).items()}
 
 
 def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -14,45 +62,56 @@ def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.nda
 
 
 def interval(samples: np.ndarray) -> list[float]:
-    """[low, high], the central 95 % of bootstrap samples; NaNs (empty denominators) are passed over."""
-    if np.isnan(samples).all():
-        return [float("nan"), float("nan")]
-    tail = (1 - LEVEL) / 2
-    return [float(q) for q in np.nanquantile(samples, [tail, 1 - tail])]
+    """[low, high], the central 95 % of bootstrap samples; NaNs (empty denominators) are ignored."""
+    return [np.nan, np.nan] if np.isnan(samples).all() else np.nanquantile(samples, [TAIL, 1 - TAIL]).tolist()
+
+
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is not positive."""
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.greater(b, 0))
+
+
+def with_interval(cell: Mapping, scale: float = 100, digits: int = 1, undefined: str = "n/a") -> str:
+    """A cell as "value [low, high]", by default a share in percent."""
+    if pd.isna(cell["value"]) or pd.isna(cell["interval"][0]):
+        return undefined
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (cell["value"], *cell["interval"]))
+    return f"{value} [{low}, {high}]"
+
+
+def mean_with_interval(values: np.ndarray, rng: np.random.Generator, resamples: int = 1000) -> dict:
+    """The cell of a mean over items."""
+    samples = resample_weights(len(values), resamples, rng) @ values / len(values)
+    return Estimate(values.mean(), samples).cell()
 
 
 def varies(values: np.ndarray) -> bool:
-    """Whether values differ by more than the rounding of float32 vectors; else they correlate with nothing."""
+    """Whether values differ by more than float32 rounding; a constant correlates with nothing."""
     return bool(np.ptp(values) > 1e-6 * max(1.0, np.abs(values).max()))
 
 
 def correlations(
     score: np.ndarray, quality: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
 ) -> dict[str, dict]:
-    """Pearson and Spearman correlation with bootstrap intervals over images (all captions of one image together).
-
-    Args:
-        score, quality: (n,) per caption.
-        images: (n,) which image each caption is of.
-
-    Returns:
-        {"pearson": {"value", "interval"}, "spearman": {...}}.
-    """
+    """Cells "pearson" and "spearman"."""
     _, codes = np.unique(images, return_inverse=True)
     weights = resample_weights(codes.max() + 1, resamples, rng)[:, codes]
+    total = weights.sum(1)
     out = {}
-    for name, (x, y) in {
-        "pearson": (score, quality),
-        # Ranks are those of the full sample; ranking each resample anew moves the interval in the third digit.
-        "spearman": (rankdata(score), rankdata(quality)),
-    }.items():
+    # Ranks are those of the full sample; ranking each resample anew moves the interval in the third digit.
+    for name, (x, y) in {"pearson": (score, quality), "spearman": (rankdata(score), rankdata(quality))}.items():
         x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
-        total = weights.sum(1)
         mx, my = weights @ x / total, weights @ y / total
         cov = weights @ (x * y) / total - mx * my
         samples = cov / np.sqrt((weights @ x**2 / total - mx**2) * (weights @ y**2 / total - my**2))
-        out[name] = {"value": float((x * y).mean()), "interval": interval(samples)}
+        out[name] = Estimate((x * y).mean(), samples).cell()
     return out
+
+
+def _by_image(images: np.ndarray) -> list[np.ndarray]:
+    """The positions of each image's captions."""
+    _, codes = np.unique(images, return_inverse=True)
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
 
 
 def kendall(
@@ -63,61 +122,57 @@ def kendall(
     resamples: int = 1000,
     variant: str = "b",
 ) -> dict:
-    """Kendall's tau with its bootstrap interval over images (all captions of one image together).
+    """The cell of Kendall's tau, NaN where one side does not vary.
 
     Args:
-        score, judged: (n,) per caption.
-        images: (n,) which image each caption is of.
         variant: "b" corrects for ties; "c" is what captioning metrics report on graded judgements.
-
-    Returns:
-        {"value", "interval"}; NaN where one of both does not vary.
     """
-    if len(score) < 2 or not varies(score) or not varies(judged):
-        return {"value": float("nan"), "interval": [float("nan"), float("nan")]}
-    names, codes = np.unique(images, return_inverse=True)
-    order = np.argsort(codes, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
     samples = np.full(resamples, np.nan)
+    if len(score) < 2 or not varies(score) or not varies(judged):
+        return Estimate(np.nan, samples).cell()
+    members = _by_image(images)
     for r in range(resamples):
-        drawn = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
+        drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         if np.ptp(score[drawn]) and np.ptp(judged[drawn]):
             samples[r] = kendalltau(score[drawn], judged[drawn], variant=variant).statistic
-    return {"value": float(kendalltau(score, judged, variant=variant).statistic), "interval": interval(samples)}
+    return Estimate(kendalltau(score, judged, variant=variant).statistic, samples).cell()
 
 
 def kendall_within(
     score: np.ndarray, judged: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
 ) -> dict:
-    """Kendall's tau-b over pairs of captions of the same image only, with its bootstrap interval over images.
-
-    That is what a reward is used for in GRPO: an advantage compares captions of one image.
-
-    Args:
-        score, judged: (n,) per caption.
-        images: (n,) which image each caption is of.
-
-    Returns:
-        {"value", "interval"}; NaN where no two captions of an image differ in both.
-    """
-    _, codes = np.unique(images, return_inverse=True)
-    order = np.argsort(codes, kind="stable")
-    # Of an image: concordant less discordant pairs, and the pairs without a tie in either.
-    counts = np.zeros((codes.max() + 1, 3))
-    for image, members in enumerate(np.split(order, np.cumsum(np.bincount(codes))[:-1])):
+    """The cell of Kendall's tau-b over pairs of captions of the same image, which an advantage in GRPO compares."""
+    counts = []  # of an image: concordant less discordant pairs, and the pairs without a tie in each of the two
+    for members in _by_image(images):
         first, second = np.triu_indices(len(members), 1)
         x, y = (np.sign(v[members][first] - v[members][second]) for v in (score, judged))
-        counts[image] = (x * y).sum(), (x != 0).sum(), (y != 0).sum()
+        counts.append([(x * y).sum(), (x != 0).sum(), (y != 0).sum()])
+    counts = np.array(counts, float)
 
-    def tau(totals: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return totals[..., 0] / np.sqrt(totals[..., 1] * totals[..., 2])
+    def tau(sums: np.ndarray) -> np.ndarray:
+        return ratio(sums[..., 0], np.sqrt(sums[..., 1] * sums[..., 2]))
 
-    weights = resample_weights(len(counts), resamples, rng)
-    return {"value": float(tau(counts.sum(0))), "interval": interval(tau(weights @ counts))}
+    return Estimate(tau(counts.sum(0)), tau(resample_weights(len(counts), resamples, rng) @ counts)).cell()
 
 
-def mean_with_interval(values: np.ndarray, rng: np.random.Generator, resamples: int = 1000) -> dict:
-    """{"value", "interval"} of a mean over items."""
-    samples = resample_weights(len(values), resamples, rng) @ values / len(values)
-    return {"value": float(values.mean()), "interval": interval(samples)}
+def paired_permutation(differences: np.ndarray, rng: np.random.Generator, resamples: int = 10_000) -> float:
+    """Two-sided p of a mean paired difference: how often random signs give one as large.
+
+    The observed difference counts as one of the resamples, so that no p is 0.
+    """
+    observed = abs(differences.mean())
+    exceeding = 0
+    for start in range(0, resamples, 1000):
+        signs = rng.choice([-1.0, 1.0], (min(1000, resamples - start), len(differences)))
+        # A margin for rounding: the observed signs themselves must count.
+        exceeding += int((np.abs(signs @ differences) / len(differences) >= observed - 1e-12).sum())
+    return (exceeding + 1) / (resamples + 1)
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's correction of several p values for their number."""
+    order = np.argsort(p)
+    steps = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected.tolist()

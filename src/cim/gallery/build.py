@@ -1,9 +1,9 @@
-"""Building and enlarging a gallery, shard by shard: whatever is killed, at most one shard is embedded again.
+"""Building and enlarging a gallery shard by shard; after an interruption, finished shards are not embedded again.
 
-Next to the gallery's folder grows FOLDER.building: a plan, and one finished folder a shard. Each is
-written aside and renamed, so what is there is whole. With `accelerate launch` every process embeds its
-share of the shards, on several machines too where they share the folder. At the end one process joins
-them, makes the index, and puts the gallery in its place.
+FOLDER.building, next to the gallery, holds a plan and one folder per finished shard. Each is written under another name
+and renamed, so that only complete ones count. With `accelerate launch` every process embeds its share of the shards, on
+several machines too where they share the folder. At the end one process joins them, builds the index, and
+puts the gallery in its place.
 """
 
 from __future__ import annotations
@@ -12,327 +12,261 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cim.data.manifest import Manifest
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.files import clear_disk_errors, write_json
-from cim.gallery.files import SCHEMA, described, write_array, write_rows
-from cim.gallery.search import (
-    add_to_index,
-    build_index,
-    calibrate,
-    choose_kind,
-    open_search,
-)
-from cim.gallery.shards import Record, Shard, shards_of, shards_of_manifest
-from cim.gallery.store import (
-    IMAGES,
-    INDEX,
-    INFO,
-    ROWS,
-    TEXTS,
-    GallerySettings,
-    id_hashes,
-    load_gallery,
-    read_info,
-)
+from cim.files import clear_disk_errors, read_json, refuse_foreign, write_json
+from cim.gallery import store
+from cim.gallery.search import build_index, choose_kind, new_index
+from cim.gallery.shards import Shard
 from cim.processes import processes
 
-SKIPPED = "skipped.jsonl"
+PLAN = "plan.json"
+FILES = (store.TEXTS, store.IMAGES, store.ROWS, store.INFO, store.SKIPPED, *store.INDEXES)
 
 
 def build_gallery(
-    source: Manifest | list[Shard],
-    settings: GallerySettings,
+    shards: list[Shard],
+    settings: store.BuildSettings,
     text_encoder: TextEncoder,
     image_encoder: ImageEncoder,
     folder: Path,
+    add: bool = False,
 ) -> dict:
-    """Embed a source and write the gallery; return its gallery.json.
+    """Embed shards and write the gallery, in place of a former one; returns its gallery.json.
 
     Args:
-        source: a manifest, whose splits the settings choose and add shards to, or shards by cim.sources.shards_of.
+        add: enlarge the gallery in `folder` by the images whose image_id it lacks; nothing else is embedded.
 
     Raises:
-        CimError: for images and captions that cannot be used, naming the first, where they are more than
-            `settings.max_skipped` allows; where the disk is full; where nothing is left to build from.
+        CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
+            row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
+            refuses the index; where the disk is full.
     """
-    shards = source
-    if isinstance(source, Manifest):
-        shards = shards_of_manifest(source.split(*settings.splits), settings.shard_rows)
-        if settings.shards:
-            root = Path(settings.image_root) if settings.image_root else None
-            shards = [*shards, *shards_of([Path(p) for p in settings.shards], settings.shard_rows, root)]
-    folder = Path(folder)
-    _recover(folder)
-    parts = _embed(shards, settings, text_encoder, image_encoder, folder, base=None)
-    return _publish(folder, parts, settings, text_encoder, image_encoder, base=None)
-
-
-def add_to_gallery(
-    shards: list[Shard],
-    settings: GallerySettings,
-    text_encoder: TextEncoder,
-    image_encoder: ImageEncoder,
-    folder: Path,
-) -> dict:
-    """Add images to a gallery without embedding again those it has, which are passed over by their image_id.
-
-    Raises:
-        CimError: as build_gallery does, and where the gallery was built with other encoders.
-    """
-    folder = Path(folder)
-    _recover(folder)
-    base = load_gallery(folder, text_encoder, image_encoder)
-    parts = _embed(shards, settings, text_encoder, image_encoder, folder, base=base)
-    return _publish(folder, parts, settings, text_encoder, image_encoder, base=base)
+    check_target(folder)
+    return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
 
 
 def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
-    """Give a gallery another kind of index; its vectors stay. Returns its gallery.json.
+    """Replace the index of a gallery; its vectors stay. Returns its gallery.json.
+
+    Until gallery.json is replaced, by one rename, the former index remains valid.
 
     Raises:
-        CimError: where there is no gallery, or the disk is full.
+        CimError: where there is no gallery, FAISS refuses `kind`, or the disk is full.
     """
     folder = Path(folder)
-    info = read_info(folder)
-    vectors = np.load(folder / TEXTS, mmap_mode="r")
+    info = store.read_info(folder)
+    former = info["index"].get("file")
+    new = store.INDEXES[former == store.INDEXES[0]]
     with clear_disk_errors(folder):
-        info["index"] = _make_index(folder, vectors, kind, recall)
-        if info["index"]["kind"] != "exact":
-            info["files"][INDEX] = described(folder / INDEX)
-        else:
-            info["files"].pop(INDEX, None)
-        write_json(folder / INFO, info)
-    if info["index"]["kind"] == "exact":
-        (folder / INDEX).unlink(missing_ok=True)
+        info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="r"), kind, recall)
+        info["files"].pop(former, None)
+        if "file" in info["index"]:
+            info["files"][new] = store.described(folder / new)
+        write_json(folder / store.INFO, info)
+    for name in set(store.INDEXES) - set(info["files"]):
+        (folder / name).unlink(missing_ok=True)
     return info
 
 
-def _recover(folder: Path) -> None:
-    """Bring back a gallery that a kill caught between being moved aside and being replaced."""
-    old = _work_folder(folder) / "old"
-    if processes().is_main_process and not folder.exists() and old.is_dir():
-        os.replace(old, folder)
-    processes().wait_for_everyone()
+def check_target(folder: Path, sources: Iterable[Path] = ()) -> None:
+    """Refuse to build in a folder that holds something else, or one of the sources.
+
+    Raises:
+        CimError: naming it.
+    """
+    folder, work = _folders(folder)
+    for source in map(Path, sources):
+        if {folder.resolve(), work.resolve()} & {source.resolve(), *source.resolve().parents}:
+            raise CimError(f"{source}: is within the gallery {folder}, which is to be written; choose another folder")
+    refuse_foreign(folder, store.INFO, "gallery")
+    # A kill may have come before the first plan was complete.
+    if not (work / f"{PLAN}.partial").is_file():
+        refuse_foreign(work, PLAN, "gallery that is being built")
 
 
-def _embed(shards, settings, text_encoder, image_encoder, folder: Path, base) -> list[Path]:
-    """Embed this process's share of the shards; return the folders of all shards once all are done."""
-    state = processes()
-    work = _work_folder(folder)
-    plan = {
-        "shards": [shard.name for shard in shards],
-        "text_encoder": _encoder_info(text_encoder),
-        "image_encoder": _encoder_info(image_encoder),
-        "base": base.info["files"] if base is not None else None,
-    }
-    if state.is_main_process:
-        _start_or_resume(work, plan)
-    state.wait_for_everyone()
-    parts = [work / f"{i:06d}" for i in range(len(shards))]
-    mine = [i for i in range(state.process_index, len(shards), state.num_processes) if not parts[i].is_dir()]
-    for done, i in enumerate(mine):
-        if len(shards) > 1:
-            print(f"shard {i + 1} of {len(shards)} ({done + 1} of {len(mine)} to do here)", flush=True)
-        with clear_disk_errors(folder):
-            _embed_shard(shards[i], settings, text_encoder, image_encoder, parts[i], base, len(shards) == 1)
-    state.wait_for_everyone()
-    return parts
+def _folders(folder: Path) -> tuple[Path, Path]:
+    """The gallery, not a symbolic link to it, and the folder in which it is built."""
+    folder = Path(folder).resolve() if Path(folder).is_symlink() else Path(folder)
+    return folder, folder.with_name(f"{folder.name}.building")
 
 
-def _start_or_resume(work: Path, plan: dict) -> None:
-    path = work / "plan.json"
-    if path.is_file() and json.loads(path.read_text()) == plan:
-        done = sum(1 for i in range(len(plan["shards"])) if (work / f"{i:06d}").is_dir())
-        print(f"{work}: going on, {done} of {len(plan['shards'])} shards are done", flush=True)
-        return
-    if work.exists():
-        print(f"{work}: was begun with other sources or encoders; starting anew", flush=True)
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    write_json(path, plan)
+class _Build:
+    def __init__(self, shards, settings: store.BuildSettings, text_encoder, image_encoder, folder: Path, add: bool):
+        self.shards, self.settings, self.text, self.image = shards, settings, text_encoder, image_encoder
+        self.folder, self.work = _folders(folder)
+        self.parts = [self.work / f"{i:06d}" for i in range(len(shards))]
+        self._in_main_process(self._settle)
+        self.base = base = store.load_gallery(self.folder, text_encoder, image_encoder) if add else None
+        encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder}
+        self.info = {name: {"spec": e.spec, "dim": e.dim, "digest": e.digest} for name, e in encoders.items()}
+        names = [shard.name for shard in shards]
+        self.plan = {"shards": names, **self.info, "base": base.info["files"] if add else None}
 
+    def run(self) -> dict:
+        if self.settings.index not in ("exact", "auto"):
+            new_index(self.settings.index, self.text.dim)  # fail now, not after hours of embedding
+        self._in_main_process(self._start_or_resume)
+        rank, count = processes().process_index, processes().num_processes
+        mine = [i for i in range(rank, len(self.parts), count) if not self.parts[i].is_dir()]
+        for done, i in enumerate(mine, 1):
+            if len(self.parts) > 1:
+                print(f"shard {i + 1} of {len(self.parts)} ({done} of {len(mine)} to do here)", flush=True)
+            with clear_disk_errors(self.folder):
+                self._embed(self.shards[i], self.parts[i])
+        processes().wait_for_everyone()
+        self._in_main_process(self._publish)
+        return store.read_info(self.folder)
 
-def _embed_shard(shard: Shard, settings, text_encoder, image_encoder, part: Path, base, only: bool) -> None:
-    records, skipped = [], []
-    for record in shard.read():
-        (records if record.caption else skipped).append(record)
-    reasons = {record.image_id: "empty caption" for record in skipped}
-    if base is not None:
-        new = base.rows_of([r.image_id for r in records]) < 0
-        records = [r for r, is_new in zip(records, new, strict=True) if is_new]
-    _complain(reasons, settings, shard.name)
-    unreadable: dict[int, str] = {}
-    images = image_encoder.encode([r.open for r in records], progress=True, unreadable=unreadable)
-    reasons |= {records[i].image_id: reason for i, reason in unreadable.items()}
-    _complain(reasons, settings, shard.name)
-    kept = [i for i in range(len(records)) if i not in unreadable]
-    records = [records[i] for i in kept]
-    texts = text_encoder.encode([r.caption for r in records], progress=only)
-    vectors = {TEXTS: texts, IMAGES: images[kept]}
-    for what, name in ((text_encoder, TEXTS), (image_encoder, IMAGES)):
-        if len(bad := np.flatnonzero(~np.isfinite(vectors[name]).all(axis=1))):
+    def _in_main_process(self, step: Callable[[], None]) -> None:
+        if processes().is_main_process:
+            with clear_disk_errors(self.folder):
+                step()
+        processes().wait_for_everyone()
+
+    def _settle(self) -> None:
+        """Complete the last step of a build, or undo what a killed one did of it: its former gallery is in `old`."""
+        old = self.work / "old"
+        if old.is_dir() and not (self.folder / store.INFO).is_file():
+            os.replace(old, self.folder)
+        elif old.is_dir():
+            # Files that are not the gallery's own, such as a user's notes, stay in the folder.
+            for path in old.iterdir():
+                if path.name.removesuffix(".partial") not in FILES:
+                    os.replace(path, self.folder / path.name)
+            shutil.rmtree(old)
+
+    def _start_or_resume(self) -> None:
+        path = self.work / PLAN
+        if path.is_file() and read_json(path) == self.plan:
+            done = sum(part.is_dir() for part in self.parts)
+            print(f"{self.work}: resuming, {done} of {len(self.parts)} shards are done", flush=True)
+            return
+        if path.is_file():
+            print(f"{self.work}: started with other sources or encoders; starting again", flush=True)
+            self._clear()
+        write_json(path, self.plan)
+
+    def _clear(self) -> None:
+        """Remove all but the plan, which first becomes invalid, so that no part counts as finished."""
+        write_json(self.work / PLAN, None)
+        for path in self.work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def _embed(self, shard: Shard, part: Path) -> None:
+        records = list(shard.read())
+        skipped = {r.image_id: "empty caption" for r in records if not r.caption}
+        self._check_skipped(shard, skipped)
+        records = [r for r in records if r.caption]
+        if self.base is not None:
+            known = self.base.rows_of([r.image_id for r in records]) >= 0
+            records = [r for r, in_base in zip(records, known, strict=True) if not in_base]
+        unreadable: dict[int, str] = {}
+        images = self.image.encode([r.open for r in records], progress=True, unreadable=unreadable)
+        skipped |= {records[i].image_id: reason for i, reason in unreadable.items()}
+        self._check_skipped(shard, skipped)
+        kept = [i for i in range(len(records)) if i not in unreadable]
+        records = [records[i] for i in kept]
+        texts = self.text.encode([r.caption for r in records], progress=len(self.parts) == 1)
+        aside = part.with_name(f"{part.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        for name, encoder, vectors in ((store.TEXTS, self.text, texts), (store.IMAGES, self.image, images[kept])):
+            if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+                where = f"image '{records[bad[0]].image_id}': encoder '{encoder.spec}'"
+                raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
+            store.write_array(aside / name, len(records), encoder.dim, [vectors])
+        # The schema leaves out the images' content.
+        store.write_rows(aside / store.ROWS, [pa.Table.from_pylist(list(map(vars, records)), schema=store.SCHEMA)])
+        _write_lines(aside / store.SKIPPED, [{"image_id": k, "reason": v} for k, v in skipped.items()])
+        os.replace(aside, part)
+
+    def _check_skipped(self, shard: Shard, skipped: dict[str, str]) -> None:
+        """Stop at once if no row may be left out; a share is known only at the end."""
+        if skipped and self.settings.max_skipped == 0:
+            image_id, reason = next(iter(skipped.items()))
             raise CimError(
-                f"image '{records[bad[0]].image_id}': encoder '{what.spec}' gives NaN for it, {len(bad)} in all; "
-                "use another precision or encoder"
+                f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} such in this shard); fix or remove it, "
+                "or allow a share with max_skipped"
             )
-    aside = part.with_name(part.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, values in vectors.items():
-        write_array(aside / name, len(records), values.shape[1], [values])
-    write_rows(aside / ROWS, [_table(records)])
-    (aside / SKIPPED).write_text(
-        "".join(json.dumps({"image_id": k, "reason": v}) + "\n" for k, v in reasons.items()), encoding="utf-8"
-    )
-    os.replace(aside, part)
 
-
-def _complain(reasons: dict[str, str], settings: GallerySettings, where: str) -> None:
-    """Where nothing may be left out, stop at once; a share is only known at the end."""
-    if reasons and settings.max_skipped == 0:
-        image_id, reason = next(iter(reasons.items()))
-        raise CimError(
-            f"{where}: image '{image_id}': {reason} ({len(reasons)} such in this shard); mend or drop it, "
-            "or allow a share with max_skipped"
-        )
-
-
-def _publish(folder: Path, parts: list[Path], settings, text_encoder, image_encoder, base) -> dict:
-    """Join the parts into a gallery beside the old one and put it in its place, in the main process."""
-    state = processes()
-    if state.is_main_process:
-        with clear_disk_errors(folder):
-            _join(folder, parts, settings, text_encoder, image_encoder, base)
-    state.wait_for_everyone()
-    return read_info(folder)
-
-
-def _join(folder: Path, parts: list[Path], settings, text_encoder, image_encoder, base) -> None:
-    skipped = [json.loads(line) for part in parts for line in (part / SKIPPED).read_text().splitlines()]
-    tables = [pa.ipc.open_file(pa.memory_map(str(part / ROWS))).read_all() for part in parts]
-    kept = _first_of_each_id(tables, skipped)
-    before = len(base) if base is not None else 0
-    added = sum(map(len, kept))
-    total = before + added
-    considered = added + len(skipped)
-    if skipped and len(skipped) > settings.max_skipped * considered:
-        raise CimError(
-            f"{folder}: {len(skipped)} of {considered} rows cannot be used, such as '{skipped[0]['image_id']}' "
-            f"({skipped[0]['reason']}); mend them or raise max_skipped: what is embedded is kept"
-        )
-    if total == 0:
-        raise CimError(f"{folder}: no row is left to build from; see the reasons above")
-
-    work = _work_folder(folder)
-    aside = work / "joined"
-    shutil.rmtree(aside, ignore_errors=True)
-    need = sum(total * encoder.dim * 2 for encoder in (text_encoder, image_encoder)) + total * text_encoder.dim
-    if (free := shutil.disk_usage(work).free) < need:
-        raise OSError(
-            errno.ENOSPC, f"{need / 2**30:.1f} GiB are wanted to join the shards, {free / 2**30:.1f} are free"
-        )
-    aside.mkdir()
-    for name, encoder, old in (
-        (TEXTS, text_encoder, base.texts if base is not None else None),
-        (IMAGES, image_encoder, base.images if base is not None else None),
-    ):
-        # Generators: one shard at a time is in memory.
-        new = (np.load(p / name, mmap_mode="r")[k] for p, k in zip(parts, kept, strict=True))
-        write_array(aside / name, total, encoder.dim, chain([] if old is None else [old], new))
-    new_rows = (t.take(pa.array(k)) for t, k in zip(tables, kept, strict=True))
-    write_rows(aside / ROWS, chain([] if base is None else [base.table], new_rows))
-    (aside / SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
-    vectors = np.load(aside / TEXTS, mmap_mode="r")
-    info = {
-        "rows": total,
-        "skipped": len(skipped),
-        "text_encoder": _encoder_info(text_encoder),
-        "image_encoder": _encoder_info(image_encoder),
-        "index": _enlarged_index(folder, aside, vectors, base, settings),
-    }
-    names = [TEXTS, IMAGES, ROWS, *([INDEX] if info["index"]["kind"] != "exact" else [])]
-    info["files"] = {name: described(aside / name) for name in names}
-    write_json(aside / INFO, info)
-
-    old = work / "old"
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(work)
-    if skipped:
-        print(f"{folder}: {len(skipped)} rows were left out; {folder / SKIPPED} says why", flush=True)
-
-
-def _first_of_each_id(tables: list[pa.Table], skipped: list[dict]) -> list[np.ndarray]:
-    """Row positions to keep in each part; later rows of an image_id that has been are added to `skipped`."""
-    if not tables:
-        return []
-    repeated = pd.Series(np.concatenate([id_hashes(t) for t in tables])).duplicated().to_numpy()
-    kept, start = [], 0
-    for table in tables:
-        twice = repeated[start : start + len(table)]
-        start += len(table)
-        for row in np.flatnonzero(twice):
-            skipped.append(
-                {"image_id": table["image_id"][int(row)].as_py(), "reason": "image_id occurs more than once"}
+    def _publish(self) -> None:
+        """Join the parts next to a former gallery and put the result in its place."""
+        tables = [store.read_rows(part / store.ROWS) for part in self.parts]
+        hashes = pd.Series(np.concatenate([np.zeros(0, np.uint64), *map(store.id_hashes, tables)]))
+        firsts = np.split(~hashes.duplicated().to_numpy(), np.cumsum([len(t) for t in tables])[:-1])
+        skipped = [json.loads(line) for part in self.parts for line in (part / store.SKIPPED).read_text().splitlines()]
+        for table, first in zip(tables, firsts, strict=True):
+            repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
+            skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
+        added = sum(int(first.sum()) for first in firsts)
+        if len(skipped) > self.settings.max_skipped * (added + len(skipped)):
+            example = f"'{skipped[0]['image_id']}' ({skipped[0]['reason']})"
+            raise CimError(
+                f"{self.folder}: {len(skipped)} of {added + len(skipped)} rows cannot be used, such as {example}; "
+                "fix them or raise max_skipped: what is embedded is kept"
             )
-        kept.append(np.flatnonzero(~twice))
-    return kept
+        base = self.base
+        total = added + (0 if base is None else len(base))
+        if total == 0:
+            raise CimError(f"{self.folder}: no row is left to build from; see the reasons above")
+        # float16 vectors, and an index of a byte per dimension
+        need = total * (3 * self.text.dim + 2 * self.image.dim)
+        if (free := shutil.disk_usage(self.work).free) < need:
+            raise OSError(errno.ENOSPC, f"joining the shards takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        aside = self.work / "joined"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        parts = list(zip(self.parts, tables, firsts, strict=True))
+        for name, dim in ((store.TEXTS, self.text.dim), (store.IMAGES, self.image.dim)):
+            former = [] if base is None else [np.load(self.folder / name, mmap_mode="r")]
+            # A generator: one shard at a time is in memory.
+            new = (np.load(part / name, mmap_mode="r")[first] for part, _, first in parts)
+            store.write_array(aside / name, total, dim, chain(former, new))
+        new_rows = (table.filter(pa.array(first)) for _, table, first in parts)
+        store.write_rows(aside / store.ROWS, chain([] if base is None else [base.table], new_rows))
+        _write_lines(aside / store.SKIPPED, skipped)
+        vectors = np.load(aside / store.TEXTS, mmap_mode="r")
+        index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
+        names = [store.TEXTS, store.IMAGES, store.ROWS, *([index["file"]] if "file" in index else [])]
+        files = {name: store.described(aside / name) for name in names}
+        info = {"rows": total, "skipped": len(skipped), **self.info, "index": index, "files": files}
+        write_json(aside / store.INFO, info)
+        if self.folder.exists():
+            os.replace(self.folder, self.work / "old")
+        os.replace(aside, self.folder)
+        self._settle()
+        self._clear()
+        shutil.rmtree(self.work)
+        if skipped:
+            print(f"{self.folder}: {len(skipped)} rows were left out, see {self.folder / store.SKIPPED}", flush=True)
 
 
-def _make_index(folder: Path, vectors: np.ndarray, kind: str, recall: float) -> dict:
-    """Make the index of this kind, or of the kind that fits, in `folder`; returns gallery.json's entry for it."""
-    reason = "asked for"
+def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: store.Gallery | None = None) -> dict:
+    """Build an index at `path`, from that of `base` if its kind is the same; returns gallery.json's entry for it."""
+    reason = "requested"
     if kind == "auto":
         kind, reason = choose_kind(*vectors.shape)
     print(f"index: {kind} ({reason})", flush=True)
     if kind == "exact":
         return {"kind": kind, "reason": reason, "effort": 0, "candidates": 0, "recall": 1.0}
-    build_index(vectors, kind, folder / INDEX)
-    return {"kind": kind, "reason": reason, **_tuned(folder, vectors, kind, recall)}
+    trained_on, source = len(vectors), None
+    former = base.info["index"] if base is not None else {"kind": "exact"}
+    # An index trained on a small part of what it holds finds less: past twice its size it is trained again.
+    if former["kind"] == kind and len(vectors) <= 2 * former["trained_on"]:
+        trained_on, source = former["trained_on"], base.folder / former["file"]
+    tuned = build_index(vectors, kind, recall, path, source)
+    return {"kind": kind, "reason": reason, **tuned, "file": path.name, "trained_on": trained_on}
 
 
-def _tuned(folder: Path, vectors: np.ndarray, kind: str, recall: float) -> dict:
-    search = open_search(kind, vectors, folder / INDEX, effort=0, candidates=0)
-    measured = calibrate(search, vectors, recall)
-    print(f"index: effort {search.effort}, {search.candidates} candidates: {measured:.1%} of the nearest three found")
-    return {"effort": search.effort, "candidates": search.candidates, "recall": round(measured, 4)}
-
-
-def _enlarged_index(folder: Path, aside: Path, vectors: np.ndarray, base, settings: GallerySettings) -> dict:
-    """The index of a gallery that grew: the old one with the new rows added, unless another kind now fits."""
-    if base is None:
-        return _make_index(aside, vectors, settings.index, settings.recall)
-    before = base.info["index"]
-    wanted = settings.index if settings.index != "auto" else choose_kind(*vectors.shape)[0]
-    # An index trained on a fraction of what it holds serves badly: past twice its size it is trained anew.
-    if wanted != before["kind"] or wanted == "exact" or len(vectors) > 2 * before.get("trained_on", len(base)):
-        return _make_index(aside, vectors, settings.index, settings.recall)
-    index = faiss.read_index(str(folder / INDEX))
-    add_to_index(index, vectors, len(base))
-    faiss.write_index(index, str(aside / INDEX))
-    tuned = _tuned(aside, vectors, wanted, settings.recall)
-    return {**before, **tuned, "trained_on": before.get("trained_on", len(base))}
-
-
-def _work_folder(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".building")
-
-
-def _encoder_info(encoder: TextEncoder | ImageEncoder) -> dict:
-    return {"spec": encoder.spec, "dim": encoder.dim, "digest": encoder.digest}
-
-
-def _table(records: list[Record]) -> pa.Table:
-    rows = [{"image_id": r.image_id, "image": r.image, "caption": r.caption} for r in records]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,22 +1,17 @@
-"""Nearest captions: an exact search by matrix product, and FAISS indexes whose candidates are ranked exactly.
+"""Nearest captions: exactly by matrix products, or by a FAISS index whose candidates are ranked exactly.
 
-Whatever the kind, the vectors themselves lie in one float16 array on disk, memory-mapped and shared by all
-processes, and the ranks come from cosines with them in float32. The kinds differ in how they
-find the candidates:
-
-    exact        all of them: one blocked matrix product for the whole batch of queries
-    ivf          FAISS IVF with 8-bit codes: only the lists nearest to a query
-    hnsw         FAISS HNSW with 8-bit codes: a walk along a graph; slow to build, fast for single queries
-    compressed   FAISS IVF with 4-bit codes: half the memory, more candidates to rank
+The vectors lie in one float16 array on disk, memory-mapped and shared by all processes. Whatever the kind of index,
+ranks come from float32 cosines with them. Kinds are `exact` and the strings that `faiss.index_factory` takes.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
 import faiss
 import numpy as np
@@ -25,74 +20,53 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from cim.errors import CimError
+from cim.files import replacing
 from cim.processes import computes_in_bfloat16
 
-KINDS = ("exact", "ivf", "hnsw", "compressed")
-# Below this many rows a batch is searched exactly in a moment, and nothing else is worth its build.
-SMALL = 200_000
+SMALL = 200_000  # rows up to which exact search is fast
 BLOCK = 65_536  # rows read, written or added at once
 SCAN = 4096  # rows multiplied at once on a CPU, so that they and their scores stay in its caches
 GROUP = 16  # rows of which the coarse pass keeps only the best score
-# Candidates that are ranked exactly, at least: the coarser the codes, the more.
-CANDIDATES = {"ivf": 32, "hnsw": 64, "compressed": 256}
-SPARE_GROUPS = 12  # how many more groups than asked are ranked exactly, for what the coarse pass rounds
+SPARE_GROUPS = 12  # further groups that are ranked exactly, since the coarse pass rounds
+FINE_CODES = ("Flat", "SQ8", "SQbf16", "SQfp16")  # at least a byte per dimension: fewer candidates need ranking
 
 
-class Search(Protocol):
-    """What a gallery searches with."""
-
-    kind: str
-
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """(n, k) rows, best first, for (n, d) float32 queries."""
-        ...
-
-
-def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
-    """Slices that cover range(n)."""
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
-
-
-def as_tensor(vectors: np.ndarray) -> torch.Tensor:
-    """The array as a tensor on the same memory; a read-only one is mapped anew, for torch wants to be able to write."""
-    if not vectors.flags.writeable and isinstance(vectors, np.memmap):
-        vectors = np.memmap(vectors.filename, vectors.dtype, "c", vectors.offset, vectors.shape)
-    return torch.from_numpy(vectors)
+def blocks(n: int, size: int = BLOCK, start: int = 0) -> Iterator[slice]:
+    """Slices that cover range(start, n)."""
+    return (slice(i, min(i + size, n)) for i in range(start, n, size))
 
 
 class ExactSearch:
-    """Inner product with every vector.
+    """Inner product with all (N, d) float16 vectors, normally memory-mapped; moved to the device where that is a GPU.
 
-    A small gallery is held in float32 and multiplied once. A large one is read block by block in two
-    passes: scores in the fastest type that the hardware has, of which the best of every sixteen rows is
-    kept; then float32 scores of the rows in the best groups. The coarse scores are taken relative to the best
-    found so far, where a short float is finest: what the first pass drops by mistake is within 0.001 of cosine
-    of what is found instead, and only where hundreds of captions lie that close (benchmarks/ measure it).
-
-    Args:
-        vectors: (N, d) float16, normally memory-mapped; moved to the device where that is a GPU.
+    Up to BLOCK rows are held in float32 and multiplied once. More are read in two passes: coarse scores in the fastest
+    type of the hardware, of which the best of each GROUP rows is kept; then float32 scores of the rows in the best
+    groups. Coarse scores are relative to the best found so far, where a short float is finest: a row dropped by mistake
+    is within 0.001 of cosine of the one found instead, and only where hundreds lie that close (benchmarks/index.py).
     """
 
     kind = "exact"
 
     def __init__(self, vectors: np.ndarray, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._vectors = as_tensor(vectors).to(self.device)
+        if isinstance(vectors, np.memmap) and not vectors.flags.writeable:
+            # PyTorch warns about read-only arrays: map the file copy-on-write.
+            vectors = np.memmap(vectors.filename, vectors.dtype, "c", vectors.offset, vectors.shape)
+        self._vectors = torch.from_numpy(vectors).to(self.device)
         self._small = normalize(self._vectors.float(), dim=1) if len(vectors) <= BLOCK else None
-        if self.device.type == "cuda":
-            self._coarse = torch.float16
-        else:
-            self._coarse = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
+        short = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
+        self._coarse = torch.float16 if self.device.type == "cuda" else short
 
     @torch.inference_mode()
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """(n, k) rows, best first, for (n, d) queries."""
         q = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(self.device)
         if self._small is not None:
             return (q @ self._small.T).topk(k, dim=1).indices.cpu().numpy()
         return rank_exactly(q, self._coarse_candidates(q, k + SPARE_GROUPS), self._vectors, k).cpu().numpy()
 
     def _coarse_candidates(self, q: torch.Tensor, groups: int) -> torch.Tensor:
-        """(n, c) rows of the groups that hold the highest coarse scores, and those of the last, broken group."""
+        """(n, c) rows of the groups with the highest coarse scores, and those of the last, incomplete group."""
         n_rows = len(self._vectors)
         whole = n_rows - n_rows % GROUP
         sample = self._vectors[:: max(1, n_rows // 4096)].float()
@@ -112,44 +86,46 @@ class ExactSearch:
 
 
 class FaissSearch:
-    """Candidates from a FAISS index, ranked by the vectors themselves.
+    """Candidates from a FAISS index, ranked by the (N, d) float16 vectors themselves.
 
     Args:
-        vectors: (N, d) float16, normally memory-mapped.
-        effort: how much is looked at: lists probed (ivf, compressed) or nodes kept (hnsw).
-        candidates: how many of what is found are ranked exactly.
+        effort: the index's nprobe or efSearch; ignored by an index that has neither.
+        candidates: how many candidates are ranked exactly.
     """
 
-    def __init__(self, kind: str, index: faiss.Index, vectors: np.ndarray, effort: int, candidates: int = 32):
-        self.kind, self.index = kind, index
-        self._vectors = vectors
-        self.effort, self.candidates = effort, candidates
+    def __init__(self, kind: str, index: faiss.Index, vectors: np.ndarray, effort: int = 1, candidates: int = 32):
+        self.kind, self.index, self.effort, self.candidates = kind, index, effort, candidates
+        self.vectors = vectors
+        # The GPU build's class sets parameters of indexes on both kinds of device.
+        self._space = getattr(faiss, "GpuParameterSpace", faiss.ParameterSpace)()
+        self.parameter = next(filter(self._takes, ("nprobe", "efSearch")), None)
+
+    def _takes(self, parameter: str) -> bool:
+        try:
+            self._space.set_index_parameter(self.index, parameter, 1)
+        except RuntimeError:
+            return False
+        return True
 
     @torch.inference_mode()
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """(n, k) rows, best first, for (n, d) queries."""
         queries = np.ascontiguousarray(queries, np.float32)
-        candidates = min(max(self.candidates, k), self.index.ntotal)
-        if self.kind == "hnsw":
-            self.index.hnsw.efSearch = max(self.effort, candidates)
-        else:
-            faiss.extract_index_ivf(self.index).nprobe = self.effort
-        _, found = self.index.search(queries, candidates)
+        if self.parameter:
+            self._space.set_index_parameter(self.index, self.parameter, self.effort)
+        _, found = self.index.search(queries, min(max(self.candidates, k), self.index.ntotal))
         if (lacking := (found[:, :k] < 0).any(1)).any():
             print(f"{self.kind} index: {lacking.sum()} queries found fewer than {k}; searched exactly", flush=True)
             found[lacking] = -1
-            found[lacking, :k] = ExactSearch(self._vectors).search(queries[lacking], k)
+            found[lacking, :k] = ExactSearch(self.vectors).search(queries[lacking], k)
         distinct, place = np.unique(found, return_inverse=True)
-        vectors = torch.from_numpy(gather(self._vectors, distinct.clip(min=0)))
+        vectors = torch.from_numpy(gather(self.vectors, distinct.clip(min=0)))
         rows = torch.from_numpy(np.where(found < 0, -1, place.reshape(found.shape)))
         return distinct[rank_exactly(torch.from_numpy(queries), rows, vectors, k).numpy()]
 
 
 def gather(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """vectors[rows]; of a memory-mapped array read with plain reads, each row once.
-
-    A page fault maps what lies around the row as well, so that rows here and there soon hold the whole
-    file in memory.
-    """
+    """vectors[rows], of a memory-mapped array by plain reads: page faults would load what surrounds each row."""
     if not isinstance(vectors, np.memmap) or rows.size > len(vectors) // 4:
         return vectors[rows]
     distinct, place = np.unique(rows, return_inverse=True)
@@ -165,8 +141,7 @@ def rank_exactly(q: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, k: 
 
     Args:
         q: (n, d) float32.
-        rows: (n, c) candidates, each once; -1 for none.
-        vectors: (N, d).
+        rows: (n, c) distinct rows of the (N, d) vectors; -1 for none.
 
     Returns:
         (n, k) rows.
@@ -175,7 +150,7 @@ def rank_exactly(q: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, k: 
     at_once = max(1, 2**22 // (rows.shape[1] * q.shape[1]))  # 16 MB of float32
     for part in blocks(len(q), at_once):
         gathered = vectors[rows[part].clamp(min=0)].float()
-        # float16 leaves lengths that differ by 1e-4, enough to swap captions that say nearly the same.
+        # Lengths in float16 differ by 1e-4, enough to swap nearly identical captions.
         scores = torch.bmm(gathered, q[part, :, None])[:, :, 0] / torch.linalg.vector_norm(gathered, dim=2)
         scores = scores.masked_fill(rows[part] < 0, -torch.inf)
         out.append(rows[part].gather(1, scores.topk(k, dim=1).indices))
@@ -183,74 +158,99 @@ def rank_exactly(q: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, k: 
 
 
 def choose_kind(rows: int, dim: int, memory: int | None = None) -> tuple[str, str]:
-    """The kind of index for a gallery of this size, and why.
-
-    Args:
-        memory: bytes of this machine's memory; None asks the machine.
-    """
+    """The kind of index for a gallery of this size on a machine with so many bytes of memory, and the reason."""
+    if rows <= SMALL:
+        return "exact", f"{rows:,} rows are few enough to search exactly"
+    lists = 2 ** round(math.log2(4 * math.sqrt(rows)))
     memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size = rows * dim * 2
-    if rows <= SMALL:
-        return "exact", f"{rows:,} rows are searched whole in a moment"
-    if size <= memory / 4:
-        return "ivf", f"{rows:,} rows are many to search whole, and their {size / 2**30:.1f} GiB fit into memory"
-    return "compressed", f"{rows:,} rows take {size / 2**30:.1f} GiB, more than a quarter of this machine's memory"
+    fits = size <= memory / 4
+    reason = f"{rows:,} rows of {size / 2**30:.1f} GiB {'fit into' if fits else 'exceed'} a quarter of memory"
+    return f"IVF{lists},SQ{8 if fits else 4}", reason
 
 
-def build_index(vectors: np.ndarray, kind: str, path: Path) -> None:
-    """Train a FAISS index on a sample of the vectors, add all of them block by block, write it aside and rename it.
+def new_index(kind: str, dim: int) -> faiss.Index:
+    """An empty index for inner products.
+
+    Raises:
+        CimError: where FAISS refuses `kind`.
+    """
+    with _clear_errors(f"parameter index: FAISS refuses '{kind}' for {dim} dimensions", _OTHER):
+        # FAISS crashes or hangs on a count of zero, as in IVF0.
+        if re.search(r"[A-Z]0(\D|$)", kind):
+            raise RuntimeError("a count is 0")
+        return faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+
+
+def build_index(vectors: np.ndarray, kind: str, recall: float, path: Path, former: Path | None = None) -> dict:
+    """Write a FAISS index of (N, d) vectors, tuned to find `recall` of the exact nearest three.
 
     Args:
-        vectors: (N, d) float16, memory-mapped or not.
-        kind: one of KINDS but exact, which needs no index.
+        former: an index of this kind that holds the first vectors and gets the rest; None to train a new one.
+
+    Returns:
+        The effort and candidates for FaissSearch, and the measured recall.
+
+    Raises:
+        CimError: where FAISS refuses `kind` or cannot build it from so few vectors.
     """
-    n, dim = vectors.shape
-    lists = 2 ** max(2, round(math.log2(4 * math.sqrt(n))))
-    factory = {"ivf": f"IVF{lists},SQ8", "hnsw": "HNSW32,SQ8", "compressed": f"IVF{lists},SQ4"}[kind]
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    wanted = min(n, 65_536 if kind == "hnsw" else 40 * lists)
-    sample = np.sort(np.random.default_rng(0).choice(n, wanted, replace=False))
-    print(f"{kind} index ({factory}): training on {wanted:,} of {n:,} vectors", flush=True)
-    index.train(vectors[sample].astype(np.float32))
-    add_to_index(index, vectors, 0)
-    aside = Path(path).with_suffix(".partial")
-    faiss.write_index(index, str(aside))
-    os.replace(aside, path)
+    n = len(vectors)
+    index = new_index(kind, vectors.shape[1]) if former is None else faiss.read_index(str(former))
+    with _clear_errors(f"parameter index: FAISS cannot build '{kind}' from {n:,} rows", _OTHER):
+        if not index.ntotal:
+            ivf = faiss.try_extract_index_ivf(index)
+            size = min(n, max(65_536, 40 * ivf.nlist if ivf else 0))
+            sample = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
+            print(f"index: training on {size:,} of {n:,} vectors", flush=True)
+            index.train(vectors[sample].astype(np.float32))
+        for part in tqdm(list(blocks(n, start=index.ntotal)), desc="indexing", mininterval=2):
+            index.add(vectors[part].astype(np.float32))
+    with replacing(path) as partial:
+        faiss.write_index(index, str(partial))
+    search = FaissSearch(kind, index, vectors)
+    tuned = {"recall": round(_calibrate(search, recall), 4), "effort": search.effort, "candidates": search.candidates}
+    print("index:", ", ".join(f"{name} {value}" for name, value in tuned.items()), flush=True)
+    return tuned
 
 
-def add_to_index(index: faiss.Index, vectors: np.ndarray, start: int) -> None:
-    """Add the vectors from row `start` on, with progress."""
-    for part in tqdm(list(blocks(len(vectors) - start)), desc="indexing", mininterval=2):
-        index.add(vectors[start + part.start : start + part.stop].astype(np.float32))
+_OTHER = "use exact, auto or another string for faiss.index_factory"
 
 
-def calibrate(search: FaissSearch, vectors: np.ndarray, target: float, k: int = 3, queries: int = 256) -> float:
-    """Set the least effort, then the fewest candidates, in powers of two, that find the target share of the nearest k.
+@contextmanager
+def _clear_errors(problem: str, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CimError(f"{problem} ({' '.join(str(error).split())[-160:]}); {fix}") from None
 
-    Half of the queries lie close to a row, as a caption of an image like one in the gallery does; the exact
-    neighbours of these differ by little and want many candidates. The other half lie between two rows,
-    near none in particular, and want effort.
+
+def _calibrate(search: FaissSearch, target: float, queries: int = 256) -> float:
+    """Set the least effort, then the fewest candidates, in powers of two, that find the target share of the nearest 3.
+
+    Half of the queries lie close to a row, like a caption of an image similar to one in the gallery; their exact
+    neighbours differ little and need many candidates. The other half lie between two rows and need effort.
 
     Returns:
         The share found, in the half where it is lower.
     """
+    vectors, n = search.vectors, len(search.vectors)
     rng = np.random.default_rng(0)
-    a, b = (vectors[np.sort(rng.integers(0, len(vectors), queries))].astype(np.float32) for _ in range(2))
+    a, b = (vectors[np.sort(rng.integers(0, n, queries))].astype(np.float32) for _ in range(2))
     q = a + np.where(np.arange(queries) % 2, 0.1, 0.3)[:, None].astype(np.float32) * b[rng.permutation(queries)]
     q /= np.linalg.norm(q, axis=1, keepdims=True)
-    exact = ExactSearch(vectors).search(q, k)
+    exact = ExactSearch(vectors).search(q, min(3, n))
 
     def recall() -> float:
-        found = search.search(q, k)
+        found = search.search(q, exact.shape[1])
         return min(recall_at_k(found[half::2], exact[half::2]) for half in (0, 1))
 
-    most = min(1024, len(vectors))
+    most = min(1024, n)
     search.effort, search.candidates = 4, most
-    while (reached := recall()) < target and search.effort < len(vectors):
+    while (reached := recall()) < target and search.parameter and search.effort < n:
         search.effort *= 2
-    # Where the target is out of reach, what comes as close serves.
+    # If the target is out of reach, use the fewest candidates that come as close.
     wanted = min(target, reached)
-    search.candidates = min(CANDIDATES[search.kind], most)
+    search.candidates = min(32 if any(code in search.kind for code in FINE_CODES) else 256, most)
     while (reached := recall()) < wanted and search.candidates < most:
         search.candidates *= 2
     return reached
@@ -266,7 +266,7 @@ def open_search(
 ) -> ExactSearch | FaissSearch:
     """The search of a gallery on disk.
 
-    A GPU whose memory has room for the vectors searches them all: there that takes less time than any index.
+    On a GPU whose memory has room for the vectors the search is exact, which is faster there than any index.
 
     Raises:
         CimError: where the index file cannot be read or is not an index of these vectors.
@@ -275,18 +275,12 @@ def open_search(
     fits = device.type == "cuda" and vectors.nbytes < torch.cuda.mem_get_info(device)[0] / 4
     if kind == "exact" or fits:
         return ExactSearch(vectors, device if fits else "cpu")
-    try:
+    fix = "rebuild it with 'cim gallery index'"
+    with _clear_errors(f"{path}: unreadable FAISS index", fix):
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-160:]
-        raise CimError(
-            f"{path}: not a readable FAISS index ({reason}); make it again with 'cim gallery index'"
-        ) from None
-    if (index.ntotal, index.d) != vectors.shape:
-        raise CimError(
-            f"{path}: holds {index.ntotal} vectors of {index.d} dimensions, the gallery {vectors.shape[0]} of "
-            f"{vectors.shape[1]}; make it again with 'cim gallery index'"
-        )
-    if device.type == "cuda" and hasattr(faiss, "StandardGpuResources") and kind != "hnsw":
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+    if (found := (index.ntotal, index.d)) != vectors.shape:
+        raise CimError(f"{path}: index of {found} vectors and dimensions, the gallery has {vectors.shape}; {fix}")
+    if device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
+        with suppress(RuntimeError):  # some kinds of index work on CPUs only
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
     return FaissSearch(kind, index, vectors, effort, candidates)

@@ -1,12 +1,11 @@
-"""Where a large gallery's images and captions come from: shards of Parquet, WebDataset or JSON Lines, streamed.
+"""Sources of a gallery, streamed in shards: Parquet, WebDataset or JSON Lines.
 
-    *.parquet   columns image and caption, image_id where there is one. `image` is a path, or the bytes
-                themselves, or a struct of both as Hugging Face data sets have it. Manifests are such files.
-    *.tar       WebDataset: KEY.jpg (or png, webp) beside KEY.txt, or KEY.json with "caption"
-    *.jsonl     one {"image": path, "caption": text} a line, "image_id" where there is one
+    *.parquet   columns image, caption and optionally image_id. `image` is a path, the bytes, or a struct of both as
+                in Hugging Face data sets. Manifests are such files.
+    *.tar       WebDataset: KEY.jpg (or png, webp) with KEY.txt, or KEY.json with "caption"
+    *.jsonl     {"image": path, "caption": text} per line, optionally "image_id"
 
-A folder stands for the files of these kinds in it. Paths are relative to `image_root`, or to the folder
-that the file lies in.
+A folder stands for its files of these kinds. Paths are relative to `image_root`, or to the folder of the file.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,12 +26,13 @@ from PIL import Image
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
+from cim.gallery.store import GallerySettings
 from cim.images import SUFFIXES, open_image
 
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned image; `image` says where it lies, `content` its bytes where it is not a file of its own."""
+    """One captioned image; `image` is its path, or names its place in an archive that held `content`."""
 
     image_id: str
     caption: str
@@ -48,50 +50,76 @@ class Record:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a source, read at once; `name` says which, and changes when the file does."""
+    """A part of a source that is read at once; `name` identifies it and changes with its file."""
 
     name: str
-    read: Callable[[], Iterator[Record]]
+    read: Callable[[], Iterable[Record]]
+
+
+def gallery_shards(manifest: Manifest, settings: GallerySettings) -> list[Shard]:
+    """Shards of the pipeline's gallery: the manifest's splits, then the files in `settings.shards`.
+
+    Raises:
+        CimError: for an unknown split, and as shards_of does.
+    """
+    manifest = manifest.split(*settings.splits)
+    ids, captions = manifest.frame["image_id"].tolist(), [_text(c) for c in manifest.captions]
+    # Relative to the workspace: absolute paths would make the same gallery differ between machines.
+    records = list(map(Record, ids, captions, map(os.path.relpath, manifest.image_paths)))
+    rows = settings.shard_rows
+    starts = range(0, len(records), rows)
+    shards = [Shard(f"{manifest.name}:{start}", partial(list, records[start : start + rows])) for start in starts]
+    if settings.shards is None:
+        return shards
+    source = Path(settings.shards)
+    if source.is_dir() and not source_files([source]):
+        print(f"{source}: no {', '.join(_READERS)} file, so the gallery holds the manifest's images only", flush=True)
+        return shards
+    same = settings.image_root in (None, settings.shards)
+    return shards + shards_of([source], rows, None if same else Path(settings.image_root))
 
 
 def shards_of(sources: list[Path], rows: int, image_root: Path | None = None) -> list[Shard]:
     """All shards of these files and folders, in order.
 
     Args:
-        rows: at most so many rows a shard; a tar file is one shard whatever it holds.
+        rows: largest number of rows in a shard; a tar file is always one shard.
 
     Raises:
-        CimError: where a source is missing, is of no known kind, or lacks a column.
+        CimError: where a source is missing, empty or of an unknown kind, or lacks a column.
     """
     shards: list[Shard] = []
-    for path in (file for source in sources for file in _files(Path(source))):
-        root = Path(image_root) if image_root is not None else path.parent
+    for path in source_files(sources):
         stat = path.stat()
-        mark = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
-        shards += _KINDS[path.suffix](path, mark, root, rows)
+        name = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+        for place, read in _READERS[path.suffix](path, image_root or path.parent, rows):
+            shards.append(Shard(f"{name}{place}", read))
     if not shards:
-        raise CimError(f"{', '.join(map(str, sources))}: no rows there; give files with images and captions")
+        raise CimError(f"{', '.join(map(str, sources))}: no rows in {', '.join(_READERS)} files; give others")
     return shards
 
 
-def shards_of_manifest(manifest: Manifest, rows: int) -> list[Shard]:
-    """Shards of a manifest in memory."""
-    ids, captions = manifest.frame["image_id"].tolist(), manifest.captions
-    # Relative to the workspace: absolute paths would make the same gallery differ from machine to machine.
-    paths = [os.path.relpath(path) for path in manifest.image_paths]
+def source_files(sources: Iterable[Path]) -> list[Path]:
+    """The files of these kinds that the sources are or hold.
 
-    def reader(start: int) -> Callable[[], Iterator[Record]]:
-        part = slice(start, start + rows)
-        return lambda: map(Record, ids[part], map(_text, captions[part]), paths[part])
-
-    return [Shard(f"{manifest.name}:{start}", reader(start)) for start in range(0, len(manifest), rows)]
+    Raises:
+        CimError: where a source is missing or a file of another kind.
+    """
+    files: list[Path] = []
+    for source in map(Path, sources):
+        files += sorted(p for p in source.iterdir() if p.suffix in _READERS) if source.is_dir() else [source]
+    for path in files:
+        if not path.is_file() or path.suffix not in _READERS:
+            problem = "unknown kind" if path.is_file() else "not found"
+            raise CimError(f"{path}: {problem}; give a file or a folder of {', '.join(_READERS)}")
+    return files
 
 
 def open_stored(image: str) -> Image.Image:
-    """An image by what a gallery says of where it lies: a file, or FILE!MEMBER within a tar file.
+    """Open an image by its path in a gallery: a file, or FILE!MEMBER within a tar file.
 
     Raises:
-        CimError: where it cannot be read, or lies in a Parquet file, whose images are not opened singly.
+        CimError: where it cannot be read, or is within a Parquet file, which gives no access to single images.
     """
     archive, inside, member = image.partition("!")
     if not inside:
@@ -105,20 +133,10 @@ def open_stored(image: str) -> Image.Image:
         raise CimError(f"{image}: cannot be read ({error})") from None
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        found = sorted(p for p in source.iterdir() if p.suffix in _KINDS)
-        if not found:
-            raise CimError(f"{source}: no {', '.join(_KINDS)} file there")
-        return found
-    if not source.is_file():
-        raise CimError(f"{source}: not found; give a file or a folder of {', '.join(_KINDS)}")
-    if source.suffix not in _KINDS:
-        raise CimError(f"{source}: unknown kind; there are {', '.join(_KINDS)}")
-    return [source]
+Parts = Iterator[tuple[str, Callable[[], Iterable[Record]]]]  # of one file: what to add to its name, and the reader
 
 
-def _parquet(path: Path, mark: str, root: Path, rows: int) -> list[Shard]:
+def _parquet(path: Path, root: Path, rows: int) -> Parts:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -128,87 +146,63 @@ def _parquet(path: Path, mark: str, root: Path, rows: int) -> list[Shard]:
         raise CimError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(names)}")
     columns = [c for c in ("image_id", "image", "caption") if c in names]
 
-    def reader(group: int, start: int) -> Callable[[], Iterator[Record]]:
-        def read() -> Iterator[Record]:
-            table = pq.ParquetFile(path).read_row_group(group, columns=columns).slice(start, rows)
-            for i, row in enumerate(table.to_pylist()):
-                yield _record(row, root, f"{path}!{group}.{start + i}")
+    def read(group: int, start: int) -> Iterator[Record]:
+        table = pq.ParquetFile(path).read_row_group(group, columns=columns).slice(start, rows)
+        for i, row in enumerate(table.to_pylist(), start):
+            yield _record(row, root, f"{path}!{group}.{i}")
 
-        return read
-
-    shards = []
     for group in range(file.num_row_groups):
         for start in range(0, file.metadata.row_group(group).num_rows, rows):
-            shards.append(Shard(f"{mark}:{group}:{start}", reader(group, start)))
-    return shards
+            yield f":{group}:{start}", partial(read, group, start)
 
 
-def _jsonl(path: Path, mark: str, root: Path, rows: int) -> list[Shard]:
-    offsets, position = [], 0
+def _jsonl(path: Path, root: Path, rows: int) -> Parts:
+    def read(first: int, offset: int) -> Iterator[Record]:
+        with path.open("rb") as lines:
+            lines.seek(offset)
+            for number, line in enumerate(islice(lines, rows), first + 1):
+                if line.strip():
+                    yield _record(_parse(line, f"{path}:{number}"), root, f"{path}!{number}")
+
+    offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines):
             if number % rows == 0:
-                offsets.append((number, position))
-            position += len(line)
-
-    def reader(first: int, offset: int) -> Callable[[], Iterator[Record]]:
-        def read() -> Iterator[Record]:
-            with path.open("rb") as lines:
-                lines.seek(offset)
-                for number, line in zip(range(first + 1, first + rows + 1), lines, strict=False):
-                    if line.strip():
-                        yield _record(parse_line(line, f"{path}:{number}"), root, f"{path}!{number}")
-
-        return read
-
-    return [Shard(f"{mark}:{first}", reader(first, offset)) for first, offset in offsets]
+                yield f":{number}", partial(read, number, offset)
+            offset += len(line)
 
 
-def parse_line(line: bytes | str, where: str) -> dict:
-    """One JSON object with image and caption.
-
-    Raises:
-        CimError: where it is not one.
-    """
+def _parse(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise CimError(f"{where}: not JSON ({error})") from None
-    if isinstance(row, dict) and "image_path" in row:  # as DenseFusion-1M has it
+    if isinstance(row, dict) and "image_path" in row:  # as in DenseFusion-1M
         row.setdefault("image", row["image_path"])
     if not isinstance(row, dict) or "image" not in row or "caption" not in row:
         raise CimError(f'{where}: should be {{"image": path, "caption": text}}')
     return row
 
 
-def _tar(path: Path, mark: str, root: Path, rows: int) -> list[Shard]:
+def _tar(path: Path, root: Path, rows: int) -> Parts:
     def read() -> Iterator[Record]:
         try:
             with tarfile.open(path) as tar:
-                key, found = None, {}
-                for member in tar:
-                    stem, _, suffix = member.name.rpartition(".")
-                    if stem != key:
-                        yield from _sample(path, key, found)
-                        key, found = stem, {}
-                    if member.isfile():
-                        found[f".{suffix.lower()}"] = (member.name, tar.extractfile(member).read())
-                yield from _sample(path, key, found)
-        except tarfile.TarError as error:
+                for key, members in groupby(tar, lambda member: member.name.rpartition(".")[0]):
+                    files = {
+                        m.name.rpartition(".")[2].lower(): (m.name, tar.extractfile(m).read())
+                        for m in members
+                        if m.isfile()
+                    }
+                    if image := next((files[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in files), None):
+                        text = files["txt"][1].decode("utf-8", "replace") if "txt" in files else None
+                        if "json" in files and text is None:
+                            text = json.loads(files["json"][1]).get("caption")
+                        yield Record(key, _text(text), f"{path}!{image[0]}", image[1])
+        except (tarfile.TarError, ValueError) as error:
             raise CimError(f"{path}: not a readable tar file ({error}); fetch it again") from None
 
-    return [Shard(mark, read)]
-
-
-def _sample(path: Path, key: str | None, found: dict[str, tuple[str, bytes]]) -> Iterator[Record]:
-    image = next((found[suffix] for suffix in SUFFIXES if suffix in found), None)
-    if image is None:
-        return
-    if ".txt" in found:
-        caption = found[".txt"][1].decode("utf-8", "replace")
-    else:
-        caption = json.loads(found.get(".json", ("", b"{}"))[1]).get("caption")
-    yield Record(key, _text(caption), f"{path}!{image[0]}", image[1])
+    yield "", read
 
 
 def _record(row: dict, root: Path, where: str) -> Record:
@@ -217,15 +211,13 @@ def _record(row: dict, root: Path, where: str) -> Record:
         image, content = image.get("path"), image.get("bytes")
     elif isinstance(image, bytes):
         image, content = None, image
-    if content is not None:
-        return Record(str(row.get("image_id") or image or where), _text(row["caption"]), where, content)
-    path = os.path.relpath(root / str(image))
-    return Record(str(row.get("image_id") or image), _text(row["caption"]), path)
+    path = where if content is not None else os.path.relpath(root / str(image))
+    return Record(str(row.get("image_id") or image or where), _text(row["caption"]), path, content)
 
 
 def _text(caption) -> str:
-    # Anything that is not text, null and NaN among it, counts as an empty caption.
+    # Anything but text, such as null or NaN, counts as an empty caption.
     return caption.strip() if isinstance(caption, str) else ""
 
 
-_KINDS = {".parquet": _parquet, ".tar": _tar, ".jsonl": _jsonl}
+_READERS = {".parquet": _parquet, ".tar": _tar, ".jsonl": _jsonl}

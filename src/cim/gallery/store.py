@@ -1,18 +1,17 @@
-"""The gallery on disk: caption embeddings to search by text, image embeddings to compare what is found.
+"""The gallery on disk: caption embeddings to search by text, image embeddings to compare what is retrieved.
 
-    texts.npy     (N, d) float16 caption embeddings, memory-mapped
-    images.npy    (N, d) float16 image embeddings, memory-mapped
-    rows.arrow    image_id, image and caption of each row, memory-mapped
-    index.faiss   where the captions are not searched exactly: see cim.index
-    gallery.json  encoders, counts, the kind of index, and a fingerprint of each file
-
-`cim.gallery_build` writes it.
+texts.npy      (N, d) float16 caption embeddings, memory-mapped
+images.npy     (N, d) float16 image embeddings, memory-mapped
+rows.arrow     image_id, image and caption of each row, memory-mapped
+index.faiss    the index, unless the search is exact; a rebuilt index is index-2.faiss, then index.faiss again
+gallery.json   encoders, counts, the kind of index, and a fingerprint of each file
+skipped.jsonl  rows that were left out, with the reason
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,71 +19,53 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.gallery.search import KINDS, Search, blocks, gather, open_search
-from cim.params import Names, Settings, Share, require
+from cim.files import read_json
+from cim.gallery.search import ExactSearch, FaissSearch, blocks, gather, open_search
+from cim.params import Names, Settings, Share
 
-TEXTS, IMAGES, ROWS, INDEX, INFO = "texts.npy", "images.npy", "rows.arrow", "index.faiss", "gallery.json"
+TEXTS, IMAGES, ROWS, INFO, SKIPPED = "texts.npy", "images.npy", "rows.arrow", "gallery.json", "skipped.jsonl"
+INDEXES = ("index.faiss", "index-2.faiss")
+SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.string()), ("caption", pa.string())])
 
 
-class GallerySettings(Settings):
-    """The `gallery` group: which splits of the manifest can be retrieved, and how the captions are searched.
+class BuildSettings(Settings):
+    """How a gallery is built."""
 
-    Attributes:
-        index: one of cim.index.KINDS, or auto.
-        recall: an approximate index is tuned until it finds this share of the exact nearest captions.
-        shard_rows: rows embedded between two checkpoints.
-        max_skipped: the share of unreadable images and empty captions that may be left out; with 0 the first
-            one is an error.
-        shards: more captioned images, in files or folders that cim.sources reads.
-        image_root: what the paths in the shards are relative to, if not to their own folder.
-    """
+    index: str = "auto"  # exact, auto (by size), or any string that faiss.index_factory takes
+    recall: Share = 0.99  # an approximate index is tuned until it finds this share of the exact nearest captions
+    shard_rows: PositiveInt = 10_000  # rows embedded between two checkpoints
+    max_skipped: Share = 0.0  # share of unreadable images and empty captions that may be left out
 
-    splits: Names
-    index: str = "auto"
-    recall: Share = 0.99
-    shard_rows: PositiveInt = 10_000
-    max_skipped: Share = 0.0
-    shards: list[str] = []
-    image_root: str | None = None
 
-    @field_validator("index")
-    @classmethod
-    def _known(cls, index: str) -> str:
-        require(index in (*KINDS, "auto"), f"index must be auto or one of {', '.join(KINDS)}")
-        return index
+class GallerySettings(BuildSettings):
+    """The `gallery` group: how the gallery is built, and from what."""
+
+    splits: Names  # splits of the manifest that can be retrieved
+    shards: str | None = None  # file or folder of more captioned images, in the formats of cim.gallery.shards
+    image_root: str | None = None  # what their image paths are relative to; None or `shards` itself: their own folder
 
 
 @dataclass
 class Gallery:
-    """A loaded gallery; only what is looked at comes into memory.
-
-    Attributes:
-        folder: where it lies.
-        info: gallery.json.
-        table: (N rows) image_id, image (where it lies) and caption.
-        texts: (N, d) float16 caption embeddings.
-        images: (N, d) float16 image embeddings.
-        index: what searches the captions.
-    """
+    """A loaded gallery of N captioned images; only the rows in use come into memory."""
 
     folder: Path
-    info: dict
-    table: pa.Table
-    texts: np.ndarray
-    images: np.ndarray
-    index: Search
+    info: dict  # gallery.json
+    table: pa.Table  # columns image_id, image (its path) and caption
+    texts: np.ndarray  # (N, d) float16 caption embeddings
+    images: np.ndarray  # (N, d) float16 image embeddings
+    index: ExactSearch | FaissSearch
 
     def __len__(self) -> int:
         return len(self.table)
 
     @cached_property
     def rows(self) -> pd.DataFrame:
-        """The whole table in memory; for a large gallery ask `take` for what you need."""
+        """The whole table in memory; of a large gallery use `take`."""
         return self.table.to_pandas()
 
     def take(self, rows: np.ndarray) -> pd.DataFrame:
@@ -92,29 +73,29 @@ class Gallery:
         return self.table.take(pa.array(np.asarray(rows).ravel())).to_pandas()
 
     def rows_of(self, image_ids) -> np.ndarray:
-        """(n,) the gallery row of each image, -1 where it is not in the gallery."""
-        asked = np.asarray(image_ids, dtype=object)
-        hashes, order = self._id_hashes
-        if not len(asked) or not len(order):
-            return np.full(len(asked), -1)
-        place = np.searchsorted(hashes, pd.util.hash_array(asked)).clip(max=len(order) - 1)
+        """(n,) gallery row of each image, -1 where it is not in the gallery."""
+        wanted = np.asarray(image_ids, dtype=object)
+        hashes, order = self._sorted_ids
+        if not len(wanted) or not len(order):
+            return np.full(len(wanted), -1)
+        place = np.searchsorted(hashes, pd.util.hash_array(wanted)).clip(max=len(order) - 1)
         rows = order[place].astype(np.int64)
-        same = self.table["image_id"].take(pa.array(rows)).to_numpy(zero_copy_only=False) == asked
+        same = self.table["image_id"].take(pa.array(rows)).to_numpy(zero_copy_only=False) == wanted
         return np.where(same, rows, -1)
 
     @cached_property
-    def _id_hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of the image ids and their rows: 16 bytes a row, where a dictionary of them takes hundreds."""
+    def _sorted_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted hashes of the image ids and their rows: 16 bytes per row, where a dictionary takes hundreds."""
         hashes = id_hashes(self.table)
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order
 
     def text_embeddings(self) -> np.ndarray:
-        """(N, d) float32 caption embeddings, each of length 1, all in memory."""
+        """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
         return _unit(self.texts)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
-        """The k gallery items whose captions are nearest to each query, best first.
+        """The k gallery rows whose captions are nearest to each query, best first.
 
         Args:
             queries: (n, d) caption embeddings, L2-normalised.
@@ -124,33 +105,30 @@ class Gallery:
             (n, k) gallery rows.
 
         Raises:
-            CimError: where the gallery has fewer than k rows to give, and for queries of another dimension.
+            CimError: where the gallery has fewer than k rows to retrieve, and for queries of another dimension.
         """
         if queries.shape[1] != self.texts.shape[1]:
             raise CimError(f"{self.folder}: captions have {self.texts.shape[1]} dimensions, queries {queries.shape[1]}")
         spare = 0 if exclude is None else 1
         if not 1 <= k <= len(self) - spare:
-            raise CimError(
-                f"{self.folder}: k is {k}, but the gallery has {len(self)} rows"
-                + (", one of them the excluded source image" if spare else "")
-                + "; lower k or enlarge the gallery"
-            )
+            rows = f"{len(self)} rows" + (", one of them the excluded source image" if spare else "")
+            raise CimError(f"{self.folder}: k is {k}, but the gallery has {rows}; lower k or enlarge the gallery")
         found = self.index.search(queries, k + spare)
         return found if exclude is None else drop_excluded(found, exclude)
 
     def image_vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(*rows.shape, d) float32 image embeddings of these gallery rows, each of length 1."""
+        """(*rows.shape, d) float32 image embeddings of these rows, L2-normalised."""
         return _unit(gather(self.images, np.asarray(rows)))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    # float16 rounds lengths too.
+    # Rounding to float16 changed the lengths too.
     vectors = vectors.astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def drop_excluded(found: np.ndarray, exclude: np.ndarray) -> np.ndarray:
-    """Take the excluded row, or else the last one, out of each row of (n, k + 1) results; returns (n, k)."""
+    """Remove the excluded row, or else the last one, from each row of (n, k + 1) results; returns (n, k)."""
     hit = found == exclude[:, None]
     hit[~hit.any(axis=1), -1] = True
     return found[~hit].reshape(len(found), -1)
@@ -160,40 +138,49 @@ def id_hashes(table: pa.Table) -> np.ndarray:
     """(N,) 64-bit hashes of the image ids, the same in every process."""
     ids = table["image_id"]
     parts = [pd.util.hash_array(ids[b].to_numpy(zero_copy_only=False).astype(object)) for b in blocks(len(ids))]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 
 def load_gallery(
-    folder: Path, text_encoder: TextEncoder | None = None, image_encoder: ImageEncoder | None = None
+    folder: Path,
+    text_encoder: TextEncoder | None = None,
+    image_encoder: ImageEncoder | None = None,
+    verify: bool = False,
 ) -> Gallery:
-    """Load a gallery and make sure it belongs to these encoders; it is searched where the text encoder computes.
+    """Load a gallery; it is searched on the text encoder's device.
+
+    Args:
+        verify: compare every byte with gallery.json, instead of samples of large files.
 
     Raises:
-        CimError: where a file is missing or is not the one that gallery.json describes, and where the
-            gallery was built with other encoders.
+        CimError: where a file is missing or differs from gallery.json, and for a gallery of other encoders than these.
     """
     folder = Path(folder)
     info = read_info(folder)
-    for name in info["files"]:
-        check_file(folder, info, name)
-    for what, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
-        if encoder is not None:
-            check_encoder(folder, info, what, encoder)
-    texts, images = np.load(folder / TEXTS, mmap_mode="r"), np.load(folder / IMAGES, mmap_mode="r")
-    table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
-    shapes = {TEXTS: texts.shape, IMAGES: images.shape, ROWS: (len(table),)}
-    expected = {
-        TEXTS: (info["rows"], info["text_encoder"]["dim"]),
-        IMAGES: (info["rows"], info["image_encoder"]["dim"]),
-        ROWS: (info["rows"],),
-    }
-    for name, shape in shapes.items():
-        if shape != expected[name]:
-            raise CimError(f"{folder / name}: has shape {shape}, not {expected[name]}; build the gallery again")
-    built = info["index"]
-    device = text_encoder.device if text_encoder is not None else torch.device("cpu")
-    index = open_search(built["kind"], texts, folder / INDEX, built["effort"], built["candidates"], device)
-    return Gallery(folder, info, table, texts, images, index)
+    for name, marks in info["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CimError(f"{path}: missing; rebuild the gallery")
+        if fingerprint(path, whole=verify) != marks["whole" if verify else "quick"]:
+            raise CimError(f"{path}: not the file that gallery.json describes; rebuild the gallery")
+    for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
+        built = info[name]
+        if encoder is not None and (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
+            raise CimError(
+                f"{folder}: built with {name} '{built['spec']}' ({built['dim']}-d, {built['digest']}), not with "
+                f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
+            )
+    texts, images = (np.load(folder / name, mmap_mode="r") for name in (TEXTS, IMAGES))
+    table = read_rows(folder / ROWS)
+    for name, values, width in ((TEXTS, texts, "text_encoder"), (IMAGES, images, "image_encoder"), (ROWS, table, None)):
+        expected = (info["rows"], info[width]["dim"] if width else len(SCHEMA))
+        if values.shape != expected:
+            raise CimError(f"{folder / name}: has shape {values.shape}, not {expected}; rebuild the gallery")
+    index = info["index"]
+    device = text_encoder.device if text_encoder is not None else "cpu"
+    path = folder / index.get("file", "")
+    search = open_search(index["kind"], texts, path, index["effort"], index["candidates"], device)
+    return Gallery(folder, info, table, texts, images, search)
 
 
 def read_info(folder: Path) -> dict:
@@ -203,45 +190,44 @@ def read_info(folder: Path) -> dict:
         CimError: where it is missing or not JSON.
     """
     try:
-        return json.loads((Path(folder) / INFO).read_text())
+        return read_json(Path(folder) / INFO)
     except FileNotFoundError:
         raise CimError(f"{folder}: no gallery there; build one with 'cim gallery build'") from None
-    except json.JSONDecodeError:
-        raise CimError(f"{Path(folder) / INFO}: not valid JSON; build the gallery again") from None
+    except ValueError:
+        raise CimError(f"{Path(folder) / INFO}: not valid JSON; rebuild the gallery") from None
 
 
-def check_encoder(folder: Path, info: dict, what: str, encoder: TextEncoder | ImageEncoder) -> None:
-    """Make sure that the gallery's text_encoder or image_encoder is this one.
+def read_rows(path: Path) -> pa.Table:
+    """The memory-mapped table of a gallery's rows."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
-    Raises:
-        CimError: naming both.
+
+def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables with SCHEMA's columns, one after another."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
+
+
+def write_array(path: Path, rows: int, dim: int, arrays: Iterable[np.ndarray]) -> None:
+    """Write (n, dim) arrays, one after another, as one float16 .npy of `rows` rows.
+
+    Written block by block: on a full disk a memory map would end in a signal instead of an error.
     """
-    built = info[what]
-    if (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
-        raise CimError(
-            f"{folder}: built with {what} '{built['spec']}' ({built['dim']}-d, {built['digest']}), not with "
-            f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); build it again or set encoders to match"
-        )
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": (rows, dim)})
+        for array in arrays:
+            for block in blocks(len(array)):
+                file.write(np.ascontiguousarray(array[block], np.float16).tobytes())
 
 
-def check_file(folder: Path, info: dict, name: str, whole: bool = False) -> None:
-    """Make sure that a file is there and is the one that gallery.json describes; `whole` reads all of it.
-
-    Raises:
-        CimError: naming it.
-    """
-    path = Path(folder) / name
-    if not path.is_file():
-        raise CimError(f"{path}: missing; build the gallery again")
-    if fingerprint(path, whole) != info["files"][name]["whole" if whole else "quick"]:
-        raise CimError(f"{path}: not the file that gallery.json describes; build the gallery again")
+def described(path: Path) -> dict:
+    """The fingerprints of a file, as gallery.json keeps them."""
+    return {"quick": fingerprint(path), "whole": fingerprint(path, whole=True)}
 
 
 def fingerprint(path: Path, whole: bool = False) -> str:
-    """Size and SHA-256 of a file; of one above 64 MiB, unless `whole`, of 256 samples spread over it.
-
-    So a gallery of any size loads in a moment, and a file that is cut, swapped or written anew is still told apart.
-    """
+    """Size and SHA-256 of a file; above 64 MiB, unless `whole`, of 256 samples, so that any gallery loads quickly."""
     size, sample, samples = path.stat().st_size, 65_536, 256
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from cim.pipeline.paths import REPORTS
 NOTEBOOKS = {
     "gallery": ("encoders",),
     "correlation": ("encoders", "model"),
-    "train": ("model", "reward", "sft"),
+    "train": ("compute", "encoders", "model", "reward", "sft"),
     "evaluate": (),
     "results": (),
 }

@@ -1,137 +1,97 @@
-"""Profiles: composing params.yaml from conf/, and running the pipeline with other parameters beside the default one.
+"""The pipeline with other parameters, in a folder of its own beside the default one.
 
-`cim pipeline runs/smoke -S profile=smoke` copies what git tracks to runs/smoke, writes the composed
-parameters there and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of a former
-run are taken from it, and the default workspace is left alone.
+`cim pipeline runs/smoke -S profile=smoke` copies what git tracks to runs/smoke, writes the composed parameters there
+and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of an earlier run are taken from it, and the
+default workspace is left alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
-
 from cim.errors import CimError
+from cim.files import refuse_foreign, write_text
+from cim.pipeline.compose import compose, dump
 
-CONF = Path("conf")
-HEADER = "# The active parameters, composed from conf/ by 'cim params'; README.md says how to change them.\n"
-
-
-def add_overrides(command: argparse.ArgumentParser, told: str = "as in -S profile=smoke -S train.steps=20") -> None:
-    """Add -S to a command; what is said with it is `overrides`, which compose takes."""
-    command.add_argument("-S", "--set", dest="overrides", action="append", default=[], help=told)
+MARK = ".cim-workspace"  # in every workspace made here
+RESULTS = Path("results")
 
 
-def compose(overrides: list[str], conf: Path = CONF) -> dict:
-    """Compose conf/config.yaml with overrides in Hydra's syntax.
-
-    Raises:
-        CimError: for an unknown profile or parameter.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not (conf / "config.yaml").is_file():
-        raise CimError(f"{conf}/config.yaml: not found; run from the repository's root")
-    try:
-        with initialize_config_dir(str(conf.resolve()), version_base=None):
-            return OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise CimError(f"parameters: {' '.join(str(error).split())[:300]}") from None
-
-
-def dump(params: dict) -> str:
-    """Parameters as the text of params.yaml."""
-    return HEADER + yaml.safe_dump(params, sort_keys=False, width=100)
-
-
-def run_pipeline(folder: Path, overrides: list[str], stages: list[str], jobs: int) -> None:
-    """Run the pipeline, or only some stages, in a workspace of its own.
+def run_pipeline(folder: Path, overrides: list[str], stages: list[str], publish_to: Path | None = None) -> None:
+    """Run the pipeline in a workspace of its own; what is already computed there is kept.
 
     Args:
-        folder: the workspace; what it already computed is kept.
-        stages: run these one after the other without DVC; none for `dvc repro`.
-        jobs: training runs at once, each on its share of the cores.
+        stages: run these and what they depend on; none for all.
+        publish_to: copy the results here at the end; see publish.
 
     Raises:
-        CimError: where a stage fails.
+        CimError: where a stage fails, or a folder holds something else.
     """
     params = compose(overrides)
+    if publish_to is not None:
+        refuse_foreign(publish_to, "params.yaml", "folder of published results")
     prepare(folder, params, cache=Path(".dvc/cache"))
-    cim = [sys.executable, "-m", "cim.cli"]
     if params["dataset"]["source"] == "world":
-        _check([*cim, "data"], folder)
-    if stages:
-        for stage in stages:
-            _check([*cim, "run", stage], folder)
-        return
-    dvc = [sys.executable, "-m", "dvc", "repro"]
-    if jobs > 1:
-        _check([*dvc, "gallery", "captioner"], folder)
-        runs = [*(f"train@{run}" for run in params["runs"]["grpo"]), *(f"sft@{run}" for run in params["runs"]["sft"])]
-        # What starts from one of these is left to the last repro.
-        with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(_repro_beside_others, stage, folder, jobs) for stage in runs]:
-                done.result()
-    _check(dvc, folder)
-
-
-def _repro_beside_others(stage: str, folder: Path, jobs: int) -> None:
-    """Run one training stage while others run, on a share of the cores; its output goes to logs/.
-
-    DVC gives up after seconds where another DVC holds its lock, as it does while it hashes outputs; so try again.
-    """
-    env = {**_environment(), "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    log = folder / "logs" / f"{stage}.log"
-    log.parent.mkdir(exist_ok=True)
-    print(f"{stage}: running, log in {log}", flush=True)
-    for _ in range(60):
-        with log.open("w") as out:
-            command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-            code = subprocess.run(
-                command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        text = log.read_text()
-        if code == 0:
-            print(f"{stage}: done", flush=True)
-            return
-        if "acquire lock" not in text and "rwlock" not in text:
-            break
-        time.sleep(2)
-    raise CimError(f"{stage} failed; see {log}, mend what it says and run the same again")
+        _check([sys.executable, "-m", "cim.cli", "data"], folder)
+    _check([sys.executable, "-m", "dvc", "repro", *stages], folder)
+    if publish_to is not None:
+        publish(folder, publish_to)
+        print(f"published: {publish_to}")
 
 
 def prepare(folder: Path, params: dict, cache: Path) -> None:
-    """Make `folder` a copy of what git tracks here, with these parameters, results of its own and this DVC cache."""
+    """Make `folder` a copy of what git tracks here, with these parameters, results of its own and this DVC cache.
+
+    Raises:
+        CimError: where the folder holds something else, or this is not a git checkout.
+    """
+    refuse_foreign(folder, MARK, "workspace of cim pipeline")
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise CimError("cim pipeline: this is not a git checkout; clone the repository instead of copying its files")
     folder.mkdir(parents=True, exist_ok=True)
-    tracked = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, tracked):
-        # Results and the lock of the default run are not this run's.
-        if Path(name).is_file() and not name.startswith("results/") and name != "dvc.lock":
+    (folder / MARK).touch()
+    for name in filter(Path.is_file, map(Path, filter(None, listed.stdout.split("\0")))):
+        # Results and the lock of the default run are not this run's; published results are inputs of stage results.
+        own = name.parts[0] == RESULTS.name and not (Path(*name.parts[:2]) / "params.yaml").is_file()
+        if not own and name != Path("dvc.lock"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(name, folder / name)
-    (folder / "params.yaml").write_text(dump(params), encoding="utf-8")
+    write_text(folder / "params.yaml", dump(params))
     if not (folder / ".git").exists():
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     command = [sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache.resolve())]
     subprocess.run(command, cwd=folder, check=True)
 
 
-def _environment() -> dict[str, str]:
-    # dvc.yaml calls `cim`, which lies beside this interpreter whether or not its environment is activated.
-    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+def publish(workspace: Path, folder: Path) -> None:
+    """Copy a workspace's results to `folder`, with the params.yaml and dvc.lock that they came from.
+
+    Raises:
+        CimError: where the folder holds something else.
+    """
+    refuse_foreign(folder, "params.yaml", "folder of published results")
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted((workspace / RESULTS).iterdir()):
+        if path.is_dir() and not (path / "params.yaml").is_file():
+            shutil.copytree(path, folder / path.name)
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy2(workspace / name, folder / name)
+
+
+def draw_raw_inputs(folder: Path) -> str:
+    """Draw the small world's raw inputs, which FOLDER.dvc pins; returns their hash."""
+    from cim.world.raw import make_raw_data
+
+    return make_raw_data(folder, folder.with_suffix(".dvc"))
 
 
 def _check(command: list[str], folder: Path) -> None:
-    if subprocess.run(command, cwd=folder, env=_environment(), check=False).returncode != 0:
-        raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; mend what it says above and run the same again")
+    # dvc.yaml calls `cim`, which lies beside this interpreter whether or not its environment is activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, check=False).returncode != 0:
+        raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; fix what it reports above and rerun the same command")

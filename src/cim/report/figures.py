@@ -1,184 +1,151 @@
-"""The figures of the notebooks; each takes tables and returns a matplotlib figure."""
+"""The figures of the notebooks: each function takes tables and returns a matplotlib figure."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cim.gallery.shards import open_stored
+from cim.report.tables import TITLES
 from cim.runs import LABELS
 
-SCORE_LABELS = {
-    "grc": "GRC",
-    "qir": "QIR",
-    "cim": "CIM = GRC + QIR",
-    "clipscore": "CLIPScore",
-    "words": "words",
-}
-COLOURS = dict(
-    zip(
-        LABELS,
-        [
-            "#7f7f7f",
-            "#8c6d31",
-            "#d6b656",
-            "#c0392b",
-            "#7d3c98",
-            "#e08283",
-            "#e67e22",
-            "#2471a3",
-            "#76a5d6",
-            "#bbbbbb",
-            "#dddddd",
-        ],
-        strict=True,
-    )
-)
+SCORE_LABELS = {"grc": "GRC", "qir": "QIR", "cim": "CIM = GRC + QIR", "clipscore": "CLIPScore", "words": "words"}
+COLORS = {
+    "base": "#7f7f7f", "sft": "#8c6d31", "sft_perfect": "#d6b656", "cim": "#c0392b", "cim_on_sft": "#7d3c98",
+    "grc": "#e08283", "qir": "#e67e22", "self_retrieval": "#2471a3", "clipscore": "#76a5d6", "empty": "#bbbbbb",
+    "always_yes": "#dddddd",
+}  # fmt: skip
+TRAINING = {
+    "reward": "reward", "score/grc": "GRC", "score/qir": "QIR", "kl": "KL from base", "variety/words": "words",
+    "variety/distinct": "distinct captions in a step", "loss": "loss", "mean_token_accuracy": "token accuracy",
+}  # fmt: skip
 
 
 def style() -> None:
     """One look for all notebooks."""
     sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
-    # Without this the same figure differs from run to run in its metadata alone.
-    plt.rcParams.update(
-        {"figure.dpi": 110, "savefig.bbox": "tight", "svg.hashsalt": "cim", "figure.constrained_layout.use": True}
-    )
+    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG without a time stamp, so that an unchanged figure is an unchanged file."""
+    """Write a PNG without a time stamp or version, so that an unchanged figure is an unchanged file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _panels(n: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels of this size in inches, in rows of at most `columns`."""
+    columns = max(1, min(columns, n))
+    rows = max(1, -(-n // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return figure, list(axes.flat[:n])
+
+
+def _error(cells: pd.DataFrame, value: str = "value") -> np.ndarray:
+    """(2, n) lengths of the error bars of columns low and high."""
+    return np.abs(cells[["low", "high"]].to_numpy(float).T - cells[value].to_numpy(float))
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(title="", fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
 
 
 def levels_figure(levels: pd.DataFrame, title: str = "") -> Figure:
     """Mean score at each level of fineness (top) and accuracy (bottom), with 95 % intervals."""
     scores = [s for s in SCORE_LABELS if s in set(levels["score"])]
     ladders = [x for x in ("fineness", "accuracy") if x in set(levels["ladder"])]
-    figure, axes = plt.subplots(
-        len(ladders), len(scores), figsize=(2.7 * len(scores), 3.1 * len(ladders)), squeeze=False
-    )
-    for i, ladder in enumerate(ladders):
-        for j, score in enumerate(scores):
-            part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
-            ax = axes[i, j]
-            error = np.abs(part[["low", "high"]].to_numpy().T - part["mean"].to_numpy())
-            ax.errorbar(
-                part["level"], part["mean"], yerror_or_none(error), marker="o", color=sns.color_palette()[i], capsize=3
-            )
-            ax.set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
-            ax.set_title(SCORE_LABELS[score] if i == 0 else "")
-            ax.set_ylabel(("finer →" if ladder == "fineness" else "more accurate →") if j == 0 else "")
+    figure, axes = _panels(len(ladders) * len(scores), len(scores), 2.7, 3.1)
+    for i, (ladder, score) in enumerate((ladder, score) for ladder in ladders for score in scores):
+        part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
+        row, column = divmod(i, len(scores))
+        color = sns.color_palette()[row]
+        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=color, capsize=3)
+        axes[i].set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
+        axes[i].set_title(SCORE_LABELS[score] if row == 0 else "")
+        axes[i].set_ylabel({"fineness": "finer →", "accuracy": "more accurate →"}[ladder] if column == 0 else "")
     figure.suptitle(title)
     return figure
 
 
-def yerror_or_none(error: np.ndarray) -> np.ndarray | None:
-    """Error bars, or None where an interval is not known."""
-    return error if np.isfinite(error).all() else None
-
-
 def follows_figure(follows: pd.DataFrame) -> Figure:
     """Spearman correlation of each score with caption quality, caption by caption, by ladder."""
-    part = follows[follows["correlation"] == "spearman"]
-    ladders = list(dict.fromkeys(part["ladder"]))
-    figure, axes = plt.subplots(1, len(ladders), figsize=(3.4 * len(ladders), 2.6), sharey=True, squeeze=False)
-    for ax, ladder in zip(axes[0], ladders, strict=True):
-        cell = part[part["ladder"] == ladder].iloc[::-1]
+    ladders = dict(tuple(follows[follows["correlation"] == "spearman"].groupby("ladder", sort=False)))
+    figure, axes = _panels(len(ladders), len(ladders), 3.4, 2.6, sharey=True)
+    for ax, (ladder, part) in zip(axes, ladders.items(), strict=True):
+        part = part.iloc[::-1]
         ax.axvline(0, color="0.6", lw=1)
-        error = np.abs(cell[["low", "high"]].to_numpy().T - cell["value"].to_numpy())
-        ax.errorbar(cell["value"], [SCORE_LABELS[x] for x in cell["score"]], xerr=error, fmt="o", capsize=3)
+        ax.errorbar(part["value"], part["score"].map(SCORE_LABELS), xerr=_error(part), fmt="o", capsize=3)
         ax.set_title({"model": "base model's captions"}.get(ladder, ladder))
-        ax.set_xlim(-1.05, 1.05)
-        ax.set_xlabel("Spearman with quality")
+        ax.set(xlim=(-1.05, 1.05), ylim=(-0.5, len(part) - 0.5), xlabel="Spearman with quality")
     return figure
 
 
 def density_figure(density: pd.DataFrame) -> Figure:
     """GRC against the share of the gallery that is searched, one panel per K."""
     ks = sorted(density["k"].unique())
-    figure, axes = plt.subplots(1, len(ks), figsize=(2.8 * len(ks), 3), sharey=True, squeeze=False)
-    for ax, k in zip(axes[0], ks, strict=True):
+    figure, axes = _panels(len(ks), len(ks), 2.8, 3, sharey=True)
+    for ax, k in zip(axes, ks, strict=True):
         part = density[density["k"] == k]
-        sns.lineplot(part, x="rows", y="grc", hue="label", marker="o", ax=ax, legend=ax is axes[0, -1])
+        sns.lineplot(part, x="rows", y="grc", hue="label", marker="o", ax=ax, legend=ax is axes[-1])
         ax.axhline(k**-0.5, ls="--", color="0.5", lw=1)
         ax.set(xscale="log", title=f"K = {k}", xlabel="gallery rows", ylabel="mean GRC")
-        ax.set_xticks(sorted(part["rows"].unique()), sorted(part["rows"].unique()), rotation=40)
+        ax.set_xticks(part["rows"].unique(), part["rows"].unique(), rotation=40)
         ax.xaxis.set_minor_locator(NullLocator())
-    axes[0, -1].legend(title="", fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    axes[0, 0].text(
-        0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=axes[0, 0].get_yaxis_transform()
-    )
+    _legend(axes[-1])
+    transform = axes[0].get_yaxis_transform()
+    axes[0].text(0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=transform)
     return figure
 
 
 def training_figure(log: pd.DataFrame) -> Figure:
-    """Reward, GRC, QIR, KL, caption length and variety by step."""
-    panels = {
-        "reward": "reward",
-        "score/grc": "GRC",
-        "score/qir": "QIR",
-        "kl": "KL from base",
-        "variety/words": "words",
-        "variety/distinct": "distinct captions in a step",
-        "loss": "loss",
-        "mean_token_accuracy": "token accuracy",
-    }
-    shown = {k: v for k, v in panels.items() if k in log and log[k].notna().any()}
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.4 * rows), squeeze=False)
-    for ax, (column, label) in zip(axes.flat, shown.items(), strict=False):
+    """Reward, GRC, QIR, KL, caption length and diversity by step: each value, and the mean of the last ten."""
+    shown = [column for column in TRAINING if column in log and log[column].notna().any()]
+    figure, axes = _panels(len(shown), 3, 3.4, 2.4)
+    for ax, column in zip(axes, shown, strict=True):
         series = log.dropna(subset=[column])
         ax.plot(series["step"], series[column], lw=0.8, alpha=0.4)
         ax.plot(series["step"], series[column].rolling(10, min_periods=1).mean(), lw=2)
-        ax.set(title=label, xlabel="step")
-    for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+        ax.set(title=TRAINING[column], xlabel="step")
     return figure
 
 
-def metrics_figure(table: pd.DataFrame, names: dict[str, str]) -> Figure:
-    """One panel a metric, one point a method with its 95 % interval.
+def metrics_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """One panel a metric, one point a method with its 95 % interval, a dotted line at the base model's value.
 
     Args:
-        table: columns method, metric, value, low, high.
-        names: metric -> panel title.
+        table: columns method, metric, value, low, high; metrics that it lacks are left out.
     """
-    methods = [m for m in LABELS if m in set(table["method"])]
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.7 * columns, (0.32 * len(methods) + 1) * rows), sharey=True, squeeze=False
-    )
-    for ax, (metric, title) in zip(axes.flat, names.items(), strict=False):
-        part = table[table["metric"] == metric].set_index("method").reindex(methods[::-1])
+    methods = [m for m in LABELS if m in set(table["method"])][::-1]
+    metrics = [metric for metric in metrics if metric in set(table["metric"])]
+    figure, axes = _panels(len(metrics), 4, 2.7, 0.32 * len(methods) + 1, sharey=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        part = table[table["metric"] == metric].set_index("method").reindex(methods)
         for y, (method, row) in enumerate(part.iterrows()):
-            if np.isfinite(row["value"]):
-                ax.plot([row["low"], row["high"]], [y, y], color=COLOURS[method], lw=2)
-                ax.plot(row["value"], y, "o", color=COLOURS[method])
-        ax.set_yticks(range(len(part)), [LABELS[m] for m in part.index])
-        ax.set_title(title)
+            ax.plot([row["low"], row["high"]], [y, y], color=COLORS[method], lw=2)
+            ax.plot(row["value"], y, "o", color=COLORS[method])
+        ax.axvline(part["value"].get("base", np.nan), color="0.6", lw=1, ls=":")
+        ax.set_yticks(range(len(part)), [LABELS[m] for m in methods])
+        ax.set_title(TITLES[metric])
+        ax.set_ylim(-0.6, len(part) - 0.4)
         ax.grid(axis="y", visible=False)
-        if "base" in part.index and np.isfinite(part.loc["base", "value"]):
-            ax.axvline(part.loc["base", "value"], color="0.6", lw=1, ls=":")
-    for ax in axes.flat[len(names) :]:
-        ax.set_visible(False)
     return figure
 
 
-def relations_figure(relations: dict[str, dict]) -> Figure:
-    """Recall of each relation by method, stated exactly; one row a relation, the most common at the top.
+def relations_figure(relations: Mapping[str, Mapping]) -> Figure:
+    """Exact recall of the twelve most common relations by method; one row a relation, the most common at the top.
 
     Args:
-        relations: as cim.capture.evaluate's metrics have them: method -> relation -> {"stated", "exact", ...}.
+        relations: `relations` of an evaluation's metrics: method -> relation -> {"stated", "exact", ...}.
     """
     methods = [m for m in LABELS if m in relations and m != "empty"]
     stated = {name: cell["stated"] for name, cell in relations[methods[0]].items()}
@@ -186,46 +153,46 @@ def relations_figure(relations: dict[str, dict]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 0.16 * len(names) * max(3, len(methods)) + 1))
     for i, method in enumerate(methods):
         cells = [relations[method][name]["exact"] for name in names]
+        table = pd.DataFrame(
+            [[c["value"], *c["interval"]] for c in cells], columns=["value", "low", "high"], dtype=float
+        )
         at = np.arange(len(names)) + 0.7 * (0.5 - (i + 0.5) / len(methods))
-        value = np.array([c["value"] for c in cells], float)
-        error = np.abs(np.array([c["interval"] for c in cells], float).T - value)
-        ax.errorbar(value, at, xerr=error, fmt="o", ms=4, color=COLOURS[method], label=LABELS[method])
+        options = {"fmt": "o", "ms": 4, "color": COLORS[method], "label": LABELS[method]}
+        ax.errorbar(table["value"], at, xerr=_error(table), **options)
     ax.set_yticks(range(len(names)), [f"{name} ({stated[name]})" for name in names])
     ax.set(xlabel="recall", xlim=(-0.02, 1.02))
     ax.grid(axis="y", visible=False)
-    ax.legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+    _legend(ax)
     return figure
 
 
-def length_figure(table: pd.DataFrame, names: dict[str, str]) -> Figure:
+def length_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Quality against length: one point a method with both 95 % intervals, one panel a metric.
 
     Args:
         table: columns method, metric, value, low, high, with "words" among the metrics.
-        names: metric -> panel title.
     """
     methods = [m for m in LABELS if m in set(table["method"]) and m != "empty"]
     cells = table.set_index(["method", "metric"])
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
-    for ax, (metric, title) in zip(axes[0], names.items(), strict=True):
+    figure, axes = _panels(len(metrics), len(metrics), 3.4, 3.2)
+    for ax, metric in zip(axes, metrics, strict=True):
         for method in methods:
-            x, y = cells.loc[(method, "words")], cells.loc[(method, metric)]
-            ax.plot([x["low"], x["high"]], [y["value"]] * 2, color=COLOURS[method], lw=1.5)
-            ax.plot([x["value"]] * 2, [y["low"], y["high"]], color=COLOURS[method], lw=1.5)
-            ax.plot(x["value"], y["value"], "o", color=COLOURS[method], label=LABELS[method])
-        ax.set(title=title, xlabel="words a caption")
-    axes[0, -1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+            x, y = cells.loc[[(method, "words")]], cells.loc[[(method, metric)]]
+            options = {"fmt": "o", "color": COLORS[method], "label": LABELS[method]}
+            ax.errorbar(x["value"], y["value"], xerr=_error(x), yerr=_error(y), **options)
+        ax.set(title=TITLES[metric], xlabel="words a caption")
+    _legend(axes[-1])
     return figure
 
 
-def images_figure(rows: list[tuple[Path, str]], columns: int = 4, width: int = 42) -> Figure:
-    """Images with text below each."""
-    n = -(-len(rows) // columns)
-    figure, axes = plt.subplots(n, columns, figsize=(3.1 * columns, 3.6 * n), squeeze=False)
-    for ax, (path, text) in zip(axes.flat, rows, strict=False):
+def images_figure(rows: Sequence[tuple[Path, str]], columns: int = 4, width: int = 42) -> Figure:
+    """Images with text below each, wrapped at `width` characters."""
+    from cim.gallery.shards import open_stored  # not needed where only results are read, and heavy
+
+    figure, axes = _panels(len(rows), columns, 3.1, 3.6)
+    for ax, (path, text) in zip(axes, rows, strict=True):
         ax.imshow(open_stored(str(path)))
         wrapped = "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
         ax.set_title(wrapped, fontsize=7.5, y=-0.03, va="top", loc="left")
-    for ax in axes.flat:
         ax.axis("off")
     return figure

@@ -4,8 +4,8 @@
     accelerate launch --num_processes 1 -m cim.train --run cim-0                    one GPU
     accelerate launch --num_processes 8 --mixed_precision bf16 -m cim.train --run cim-0    eight GPUs
 
-A run is METHOD-SEED: the method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), sft
-(captions as annotators write them) or sft_perfect (captions that leave out nothing and err nowhere).
+A run is METHOD-SEED. The method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), cim_on_sft (GRPO from the
+fine-tuned model), sft (on captions as annotators write them) or sft_perfect (on complete captions without errors).
 If interrupted, rerun the same command: it resumes from the last checkpoint.
 """
 
@@ -28,8 +28,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
     arguments = parser.parse_args()
     with one_line_errors():
-        method, _ = parse_run(arguments.run)
-        if method in SFT_METHODS:
+        if parse_run(arguments.run)[0] in SFT_METHODS:
             from cim.train.sft import train
         else:
             from cim.train.grpo import train
@@ -37,8 +36,8 @@ def main() -> None:
             train(arguments.run, read_params(arguments.params), arguments.artifacts)
         except torch.OutOfMemoryError as error:
             raise CimError(
-                f"the GPU's memory did not suffice ({' '.join(str(error).split())[:120]}); lower compute.per_device "
-                "or model.max_pixels, or set compute.gradient_checkpointing, and rerun the same command to resume"
+                f"the GPU ran out of memory ({' '.join(str(error).split())[:120]}); lower compute.per_device or "
+                "model.max_pixels, or set compute.gradient_checkpointing, and rerun the same command to resume"
             ) from None
 
 

@@ -1,62 +1,43 @@
-"""The model card that a trained run is saved with."""
+"""The model card of a trained run, written beside its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from cim.captioners.models import ModelSettings
 from cim.runs import SFT_METHODS, parse_run
 
 CARD = """---
-{head}---
+{head}
+---
 
-# {base}, {how}
+# {base}, run {run}
 
-Run `{run}` of the CIM repository: {steps} steps on {images} images, seed {seed}. {chosen}
-
-{about}
-
-Asked with: `{prompt}`
-
-## Parameters
+{how} {steps} steps on {images} images, seed {seed}. Weights of step {best}.
+The prompt is `{prompt}`. The weights keep the license of `{base}`. Parameters:
 
 ```yaml
 {params}```
-
-## Limits
-
-The weights keep the licence of `{base}`. The reward compares what a caption retrieves, so it cannot teach what text
-retrieval ignores, such as grammar.
 """
-ABOUT = {
-    "rl": "Trained by GRPO with a retrieval reward (Cross-modal Identity Mapping, arXiv 2603.01696). No caption of the "
-    "training images was used as a label.",
-    "sft": "Supervised fine-tuning on captions of the training images.",
-}
+GRPO = """Trained by GRPO with the retrieval reward `{}` (Cross-modal Identity Mapping, arXiv 2603.01696), without
+captions of the training images. The reward cannot teach what text retrieval ignores, such as grammar."""
+SFT = "Fine-tuned on captions of the training images (`{}`)."
 
 
 def write_card(out: Path, run: str, model: ModelSettings, params: dict, images: int, state) -> None:
-    """Write README.md for the hub, beside the weights."""
+    """Write OUT/README.md in the hub's format; `state` is the trainer's."""
     method, seed = parse_run(run)
-    sft = method in SFT_METHODS
-    named = ("train", "sft") if sft else ("train", "reward", "encoders")
-    head = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["cim", method]}
-    if not Path(model.name).exists():  # the hub takes only its own names for this
-        head["base_model"] = model.name
-    best = state.best_global_step
+    how, groups = (SFT, ("train", "sft")) if method in SFT_METHODS else (GRPO, ("train", "reward", "encoders"))
+    head = ModelCardData(
+        base_model=None if Path(model.name).exists() else model.name,  # the hub refuses names that it does not have
+        library_name="transformers", pipeline_tag="image-text-to-text", tags=["cim", method],
+    )  # fmt: skip
+    shown = yaml.safe_dump({name: params[name] for name in groups}, sort_keys=False)
     text = CARD.format(
-        head=yaml.safe_dump(head, sort_keys=False),
-        base=model.name,
-        how="fine-tuned on captions" if sft else f"trained with the reward {method}",
-        run=run,
-        steps=state.max_steps,
-        images=images,
-        seed=seed,
-        chosen=f"The weights are those of step {best}, best on validation images." if best else "",
-        about=ABOUT["sft" if sft else "rl"],
-        prompt=model.prompt,
-        params=yaml.safe_dump({name: params[name] for name in named}, sort_keys=False),
-    )
+        head=head.to_yaml(), base=model.name, run=run, how=how.format(method), steps=state.max_steps, images=images,
+        seed=seed, best=state.best_global_step or state.max_steps, prompt=model.prompt, params=shown,
+    )  # fmt: skip
     (out / "README.md").write_text(text, encoding="utf-8")

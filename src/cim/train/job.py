@@ -1,223 +1,237 @@
-"""What GRPO and SFT share: starting a run, the trainer's arguments, and finishing it."""
+"""What GRPO and SFT share: reading and checking a run's inputs, the trainer's arguments, training and saving."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from datasets import Dataset, Image, List
+from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
 
-from cim import code
-from cim.captioners.models import ModelSettings, fit, load_model
-from cim.data.manifest import Manifest
+from cim.captioners.models import VISION, ModelSettings, fit, load_model, longest_prompt
+from cim.data.manifest import Manifest, read_manifest
 from cim.encoders import weights_digest
-from cim.files import write_json
+from cim.errors import CimError
+from cim.files import read_json, write_json
 from cim.params import group
-from cim.runs import parse_run
-from cim.train import checkpoints, preflight
-from cim.train.adapters import lora
+from cim.runs import ON_SFT, parse_run
+from cim.train import checkpoints
+from cim.train.batches import Batches
 from cim.train.card import write_card
+from cim.train.checkpoints import short_digest
+from cim.train.log import StepLog
 from cim.train.settings import ComputeSettings, TrainSettings
 
+INPUTS = "inputs.json"  # the last file of a trained run: what it was made from
+SAMPLES = "samples.jsonl"  # GRPO's samples; they lie with the checkpoints until the run is finished
 
-@dataclass(frozen=True)
+
 class Job:
-    """State of one training run: what it trains, on what, and where the model goes.
+    """One training run. Creating it reads and checks all inputs but the model; `load` loads `model` and `processor`.
 
     Attributes:
-        images: the training split without what is held out.
-        validation: what is held out to choose a checkpoint by; empty where nothing is chosen.
-        params: all groups of parameters.
-        out: where the model goes.
-        checkpoints: the folder of the run's checkpoints, one subfolder for each digest of its inputs.
+        images, validation: the training split, and the part of it that is held out to choose a checkpoint by.
+        distributed: accelerate's distributed type; DEEPSPEED and FSDP divide the weights among the processes.
+        out, checkpoints: folders of the trained model, and of checkpoints by the digest of the run's inputs.
+
+    Raises:
+        CimError: for parameters that are invalid or do not fit together, and for missing images or packages.
     """
 
-    run: str
-    method: str
-    seed: int
-    settings: TrainSettings
-    compute: ComputeSettings
-    model_settings: ModelSettings
-    images: Manifest
-    validation: Manifest
-    model: torch.nn.Module
-    processor: Any
-    params: dict
-    out: Path
-    checkpoints: Path
-
-    @staticmethod
-    def start(run: str, params: dict, artifacts: Path) -> Job:
-        """Read and check parameters and images, seed everything and load the base model."""
-        method, seed = parse_run(run)
-        settings = group(TrainSettings, params.get("train"), "train")
-        compute = group(ComputeSettings, params.get("compute"), "compute")
-        model_settings = preflight.start_of(run, group(ModelSettings, params.get("model"), "model"), artifacts)
-        preflight.check_integrations(compute.log_to)
-        preflight.check_precision(settings, model_settings, os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true")
-        set_seed(seed)
-        images, validation = preflight.training_images(artifacts, settings)
-        model, processor = load_model(model_settings, device=torch.device("cpu"))
-        preflight.prompt_tokens(processor, images, model_settings)
-        out = artifacts / "train" / run
-        out.mkdir(parents=True, exist_ok=True)
-        # TensorBoard has no argument for it.
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(artifacts / "logs" / run)
+    def __init__(self, run: str, params: dict, artifacts: Path, distributed: str | None = None):
+        self.run, self.params, self.artifacts = run, params, artifacts
+        self.method, self.seed = parse_run(run)
+        self.settings = group(TrainSettings, params.get("train"), "train")
+        self.compute = group(ComputeSettings, params.get("compute"), "compute")
+        self.model_settings = group(ModelSettings, params.get("model"), "model")
+        if self.method == ON_SFT:
+            start = artifacts / "train" / f"sft-{self.seed}"
+            if not (start / INPUTS).is_file():
+                raise CimError(f"{start}: not trained yet; '{run}' starts from run '{start.name}', so train that first")
+            self.model_settings = self.model_settings.at(start)
+        launched = (kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true")
+        self.distributed = distributed or next(launched, "NO")
+        self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
+        check_possible(self.settings, self.compute, self.model_settings, self.distributed)
+        self.images, self.validation = training_images(artifacts, self.settings)
+        self.out = artifacts / "train" / run
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
-        kept = artifacts / "checkpoints" / run
-        return Job(
-            run, method, seed, settings, compute, model_settings, images, validation, model, processor, params, out, kept
-        )
+        self.checkpoints = artifacts / "checkpoints" / run
 
-    def made_from(self, trainer: str, parameters: Iterable[str], **more) -> dict:
-        """Everything that the trained weights depend on, as JSON values.
+    def load(self) -> Job:
+        """Seed everything, load the base model and check the length of prompts."""
+        set_seed(self.seed)
+        self.model, self.processor = load_model(self.model_settings, device=torch.device("cpu"))
+        longest_prompt(self.processor, self.images.image_paths[:8], self.model_settings)
+        return self
 
-        Args:
-            trainer: the module that trains; its code counts, but for comments and docstrings.
-            parameters: what it reads of the `train` group.
-            more: its inputs besides the base model, the images and these.
-        """
-        # Without validation it does not matter when checkpoints are written.
-        ignored = set() if len(self.validation) else {"save_every"}
-        train = self.settings.model_dump(include=set(parameters) - ignored)
-        model = self.model_settings.model_dump(include={"prompt", "dtype", "processor", "max_pixels"})
-        return {
-            "run": self.run,
-            "code": code.digest(trainer),
-            "weights": weights_digest(self.model),
-            "model": model,
-            "images": [_images_digest(part) for part in (self.images, self.validation)],
-            "train": train,
-            **more,
-        }
-
-    def trainer_arguments(self, better: str, checkpoints_at: Path) -> dict:
-        """Logging, checkpoints, precision and device, for either trainer.
+    def trainer(self, kind: type, folder: Path, batches: Batches, columns: Callable, better: str, config, **parts):
+        """TRL's trainer of class `kind`, with the arguments that both methods share; checkpoints go to `folder`.
 
         Args:
+            columns: of a manifest, the columns of its data set besides the images.
             better: the metric by which the best checkpoint is chosen where images are held out.
+            config: makes the trainer's configuration, with the method's own arguments bound.
+            parts: the trainer's own arguments.
         """
-        s, c = self.settings, self.compute
-        arguments = {
-            "output_dir": str(checkpoints_at),
-            "seed": self.seed,
-            "logging_steps": 1,
-            "save_steps": s.save_every,
-            "save_total_limit": 2,
-            "report_to": c.log_to or "none",
-            "run_name": self.run,
-            "disable_tqdm": True,
-            "bf16": s.bf16,
+        print(*batches.summary, sep="\n", flush=True)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.artifacts / "logs" / self.run)  # there is no argument for it
+        s, c, gpu = self.settings, self.compute, torch.cuda.is_available()
+        shared = {
+            "output_dir": str(folder), "save_steps": s.save_every, "save_total_limit": 2, "seed": self.seed,
+            "max_steps": batches.updates, "per_device_train_batch_size": batches.per_device,
+            "gradient_accumulation_steps": batches.accumulation, "bf16": s.bf16, "optim": s.optimizer,
+            # transformers 5.23 calls it activation_checkpointing; older ones know this name only.
             "gradient_checkpointing": c.gradient_checkpointing,
-            "optim": s.optimizer,
-            "use_cpu": not torch.cuda.is_available(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        if c.gradient_checkpointing:
-            arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if c.gradient_checkpointing else None,
+            "use_cpu": not gpu, "dataloader_pin_memory": gpu,
+            "run_name": self.run, "report_to": c.log_to or "none", "logging_steps": 1, "disable_tqdm": True,
+        }  # fmt: skip
         if len(self.validation):
-            arguments |= {
-                "eval_strategy": "steps",
-                "eval_steps": s.save_every,
-                # Plain weights are restored by `finish`; what DeepSpeed and FSDP divide, Trainer must join.
-                "load_best_model_at_end": checkpoints.in_parts(),
-                "metric_for_best_model": better,
+            shared |= {
+                "eval_strategy": "steps", "eval_steps": s.save_every, "metric_for_best_model": better,
                 "greater_is_better": not better.endswith("loss"),
-            }
-        return arguments
+                "load_best_model_at_end": self.sharded,  # else `_train` restores it
+            }  # fmt: skip
+        train, validation = (
+            image_dataset(images, columns(images), self.model_settings.max_pixels) if len(images) else None
+            for images in (self.images, self.validation)
+        )
+        return kind(
+            args=config(**shared), model=self.model, processing_class=self.processor, train_dataset=train,
+            eval_dataset=validation, peft_config=trainable(self.settings, self.model),
+            callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete()], **parts,
+        )  # fmt: skip
 
-    def trainer_parts(self) -> dict:
-        """Model, processor, adapter and logging, for either trainer."""
-        return {
-            "model": self.model,
-            "processing_class": self.processor,
-            "peft_config": lora(self.settings, self.model),
-            "callbacks": [StepLog(self.compute.warn_distinct), checkpoints.MarkComplete()],
-        }
+    def train(self, make_trainer: Callable[[Path], Any], train: dict, **inputs) -> None:
+        """Train and save to `out`, unless the weights there were made from the same inputs.
 
-    def finish(self, trainer, resume: str | None, made_from: dict) -> None:
-        """Train, then save weights, processor, log and model card, and delete the checkpoints."""
-        plain = not checkpoints.in_parts() and not self.settings.lora_rank
+        Args:
+            make_trainer: makes the trainer, given the folder for its checkpoints.
+            train: the parameters of the `train` group that the method reads.
+            inputs: its other inputs besides the base model and the images, as JSON values.
+        """
+        if not len(self.validation):  # then it does not matter when checkpoints are written
+            train = {name: value for name, value in train.items() if name != "save_every"}
+        listings = [part.frame[["image_id", "digest"]].to_numpy().tolist() for part in (self.images, self.validation)]
+        model = self.model_settings.model_dump(include={"prompt", "dtype", "processor", "max_pixels"})
+        inputs |= {"run": self.run, "weights": weights_digest(self.model), "model": model, "train": train}
+        inputs["images"] = [short_digest(listing) for listing in listings]
+        digest = short_digest(inputs)
+        if (self.out / INPUTS).is_file() and read_json(self.out / INPUTS)["digest"] == digest:
+            print(f"kept: {self.out} was trained from the same inputs ({digest})", flush=True)
+            return
+        folder = self.checkpoints / digest
+        resume = checkpoints.last_checkpoint(folder)
+        trainer = make_trainer(folder)
+        self._train(trainer, resume)
+        self._save(trainer, folder)
+        if trainer.accelerator.is_main_process:
+            write_json(self.out / INPUTS, {"digest": digest, "inputs": inputs})
+            shutil.rmtree(folder)
+
+    def _train(self, trainer, resume: str | None) -> None:
+        plain = not self.sharded and not self.settings.lora_rank
         if resume:
             print(f"resuming from {resume}", flush=True)
             if plain:
-                checkpoints.restore(self.model, Path(resume))
+                checkpoints.restore(self.model, resume)
                 trainer._load_from_checkpoint = lambda *args, **kwargs: None
         trainer.train(resume_from_checkpoint=resume)
         if best := trainer.state.best_model_checkpoint:
             print(f"kept: step {trainer.state.best_global_step}, the best on validation images", flush=True)
             if plain:
-                checkpoints.restore(self.model, Path(best))
-            elif not checkpoints.in_parts():
+                checkpoints.restore(self.model, best)
+            elif not self.sharded:
                 trainer._load_best_model()
+
+    def _save(self, trainer, folder: Path) -> None:
+        main = trainer.accelerator.is_main_process
+        if main:  # no file of an older run may stay: its adapter would be loaded with these weights
+            shutil.rmtree(self.out, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(self.out))
-        if trainer.accelerator.is_main_process:
-            self.processor.save_pretrained(self.out)
-            write_json(self.out / "log.json", trainer.state.log_history, indent=0)
-            if self.settings.lora_rank and self.settings.merge:
-                merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
-                merged.save_pretrained(self.out / "merged")
-                self.processor.save_pretrained(self.out / "merged")
-            write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
-            checkpoints.mark_trained(self.out, checkpoints.inputs_digest(made_from), made_from)
-            checkpoints.drop_checkpoints(Path(trainer.args.output_dir))
-
-
-def _images_digest(manifest: Manifest) -> str:
-    listing = zip(manifest.frame["image_id"], manifest.frame["digest"], strict=True)
-    return hashlib.sha256(repr(list(listing)).encode()).hexdigest()[:16]
-
-
-def with_fitted_images(data: Dataset, column: str, max_pixels: int | None) -> Dataset:
-    """The data set, whose images are scaled down to max_pixels as they are read."""
-    if max_pixels is None:
-        return data
-
-    def fitted(rows: dict) -> dict:
-        rows[column] = [
-            [fit(i, max_pixels) for i in value] if isinstance(value, list) else fit(value, max_pixels)
-            for value in rows[column]
-        ]
-        return rows
-
-    return data.with_transform(fitted)
-
-
-class StepLog(TrainerCallback):
-    """Prints a line for every step, and warns once where the captions collapse to a few."""
-
-    def __init__(self, warn_distinct: float):
-        self.warn_distinct = warn_distinct
-        self.warned = False
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
+        if not main:
             return
-        step = f"step {state.global_step}/{state.max_steps}"
-        for name in ("eval_reward", "eval_loss"):
-            if name in logs:
-                print(f"{step}  validation {name.removeprefix('eval_')} {logs[name]:.3f}", flush=True)
-                return
-        if "variety/distinct" not in logs:
-            if "loss" in logs:
-                print(f"{step}  loss {logs['loss']:.3f}", flush=True)
-            return
-        distinct = logs["variety/distinct"]
-        print(
-            f"{step}  reward {logs['reward']:.3f}  grc {logs['score/grc']:.3f}  qir {logs['score/qir']:.3f}  "
-            f"kl {logs.get('kl', 0):.4f}  words {logs['variety/words']:.1f}  distinct {distinct:.2f}",
-            flush=True,
+        self.processor.save_pretrained(self.out)
+        write_json(self.out / "log.json", trainer.state.log_history, indent=0)
+        if (folder / SAMPLES).is_file():
+            shutil.move(folder / SAMPLES, self.out / SAMPLES)
+        if self.settings.lora_rank and self.settings.merge:
+            merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
+            merged.save_pretrained(self.out / "merged")
+            self.processor.save_pretrained(self.out / "merged")
+        write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
+
+
+def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest, Manifest]:
+    """The images to train on, and those of the same split that are held out for validation."""
+    split = read_manifest(artifacts / "dataset" / "manifest.parquet").split(settings.split)
+    cut = len(split) - settings.validation
+    if cut <= 0:
+        raise CimError(
+            f"parameters: train.validation={settings.validation} leaves none of the {len(split)} images "
+            f"of split '{settings.split}' to train on; lower it"
         )
-        if distinct < self.warn_distinct and not self.warned:
-            self.warned = True
-            print(
-                f"WARNING: only {distinct:.0%} of the captions of this step are distinct: training is collapsing. "
-                "A better base, a denser gallery, a larger kl or beta, or a smaller lr prevents it.",
-                flush=True,
-            )
+    if missing := [path for path in split.image_paths if not path.is_file()]:
+        raise CimError(
+            f"{missing[0]}: image not found, as {len(missing)} of {len(split)} of split '{settings.split}'; "
+            "restore the files or make the data set again"
+        )
+    return split.take(range(cut)), split.take(range(cut, len(split)))
+
+
+def check_possible(settings: TrainSettings, compute: ComputeSettings, model: ModelSettings, distributed: str) -> None:
+    """Refuse packages that are not installed, and updates of 16-bit weights: a step of 1e-6 is lost in their rounding.
+
+    LoRA's own weights are float32, and DeepSpeed keeps float32 copies.
+    """
+    installed = get_available_reporting_integrations()
+    if missing := [name for name in compute.log_to if name not in installed]:
+        raise CimError(
+            f"parameters: compute.log_to names '{missing[0]}', which is not installed or not known to transformers; "
+            f"install it, or choose from: {', '.join(installed)}"
+        )
+    if compute.vllm != "off" and find_spec("vllm") is None:
+        raise CimError(
+            f"parameters: compute.vllm={compute.vllm} needs vllm; run 'pip install cim[gpu]' or set it to off"
+        )
+    if model.dtype != "float32" and not settings.lora_rank and distributed != "DEEPSPEED":
+        raise CimError(
+            f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} "
+            "would be rounded away; set model.dtype=float32 and train.bf16=true, or train.lora_rank, or a DeepSpeed "
+            "configuration (compute.accelerate=conf/accelerate/zero3.yaml)"
+        )
+
+
+def trainable(settings: TrainSettings, model: torch.nn.Module):
+    """peft's LoRA configuration, or None to train the weights; freezes the vision tower where the settings say so."""
+    if settings.lora_rank:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=settings.lora_targets,
+            exclude_modules=VISION if settings.freeze_vision else None, task_type="CAUSAL_LM",
+        )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if settings.freeze_vision and re.fullmatch(VISION, name):
+            parameter.requires_grad = False
+    return None
+
+
+def image_dataset(images: Manifest, columns: dict[str, list], max_pixels: int | None) -> Dataset:
+    """These columns and `images`, a list of one image each, opened and scaled down when a batch needs it."""
+    rows = columns | {"images": [[str(path)] for path in images.image_paths]}
+    data = Dataset.from_dict(rows).cast_column("images", List(Image()))
+
+    def fitted(batch: dict) -> dict:
+        return batch | {"images": [[fit(image, max_pixels) for image in row] for row in batch["images"]]}
+
+    return data.with_transform(fitted) if max_pixels else data

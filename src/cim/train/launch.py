@@ -4,80 +4,69 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
 
 from cim.errors import CimError
+from cim.params import group
+from cim.train.settings import ComputeSettings
 
-SHOWN = ("step", "WARNING", "resuming", "error", "kept", "a rollout", "an update")
+SHOWN = ("step", "WARNING", "note", "resuming", "error", "kept", "a rollout", "an update")
 
 
-def command(run: str, accelerate: str | None, devices: int) -> list[str]:
-    """The command line of a run.
+def train(run: str, params: dict) -> Iterator[str]:
+    """Start a run with these groups of parameters and yield the lines of its log that matter.
+
+    Where the run fails, its own error is raised as CimError.
+    """
+    compute = group(ComputeSettings, params.get("compute"), "compute")
+    lines: deque[str] = deque(maxlen=200)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "params.yaml"
+        file.write_text(yaml.safe_dump(params), encoding="utf-8")
+        started = [*command(compute.accelerate, torch.cuda.device_count()), "--run", run, "--params", str(file)]
+        with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in map(str.rstrip, process.stdout):
+                lines.append(line)
+                if line.startswith(SHOWN):
+                    yield line
+    if process.returncode:
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if not errors:
+            yield from list(lines)[-30:]
+            errors = [f"training of {run} failed with status {process.returncode}; see the log above"]
+        raise CimError(errors[-1])
+
+
+def command(accelerate: str | None, devices: int) -> list[str]:
+    """The command that starts `python -m cim.train`, without its arguments.
 
     Args:
-        accelerate: a configuration file of accelerate (conf/accelerate has some); None for all devices of this machine.
-        devices: GPUs of this machine; 0 for the CPU.
-
-    Raises:
-        CimError: where the file is not there.
+        accelerate: a configuration file of accelerate (conf/accelerate has some); None for all `devices`, which are
+            this machine's GPUs, or its CPU where there are 0.
     """
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    if accelerate is not None:
-        configuration(accelerate)
-        launch += ["--config_file", accelerate]
+    if configuration(accelerate):
+        options = ["--config_file", accelerate]
     else:
-        launch += ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += [] if devices else ["--cpu"]
-        launch += ["--multi_gpu"] if devices > 1 else []
-    return [*launch, "-m", "cim.train", "--run", run]
+        options = ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
+        options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        options += {0: ["--cpu"], 1: []}.get(devices, ["--multi_gpu"])
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "cim.train"]
 
 
 def configuration(accelerate: str | None) -> dict:
-    """What a configuration file of accelerate says; nothing for None.
-
-    Raises:
-        CimError: where it is not there or not YAML.
-    """
-    if accelerate is None:
-        return {}
+    """The content of a configuration file of accelerate, empty for None; CimError where it cannot be read."""
     try:
-        return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8")) if accelerate else {}
     except (OSError, yaml.YAMLError) as error:
         raise CimError(f"parameters: compute.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
 def processes(accelerate: str | None) -> int:
-    """How many processes a run would have."""
+    """The number of processes of a run."""
     return configuration(accelerate).get("num_processes") or max(1, torch.cuda.device_count())
-
-
-def train(run: str, accelerate: str | None) -> Iterator[str]:
-    """Start a run and yield the lines of its log that matter.
-
-    Raises:
-        CimError: with the run's own error, where it fails.
-    """
-    lines: list[str] = []
-    with subprocess.Popen(
-        command(run, accelerate, torch.cuda.device_count()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-    ) as process:
-        for line in process.stdout:
-            lines = [*lines[-200:], line]
-            if line.startswith(SHOWN):
-                yield line.rstrip("\n")
-    if process.returncode:
-        errors = [line.removeprefix("error: ").strip() for line in lines if line.startswith("error: ")]
-        if not errors:
-            yield from (line.rstrip("\n") for line in lines[-30:])
-        raise CimError(
-            errors[-1] if errors else f"training of {run} failed with status {process.returncode}; see the log above"
-        )

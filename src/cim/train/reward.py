@@ -1,9 +1,13 @@
-"""The rewards as TRL calls them."""
+"""The rewards as TRL calls them, and the samples that they leave."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from cim.captioners.generate import diversity
 from cim.errors import CimError
+from cim.files import write_text
 from cim.runs import REWARDS
 from cim.scorer import Scorer
 
@@ -11,10 +15,7 @@ from cim.scorer import Scorer
 def trl_reward(scorer: Scorer, name: str):
     """The reward `name` as TRL calls it: a batch of completions and the data set's columns in, floats out.
 
-    GRC, QIR and the diversity of the completions are logged too, whatever is optimised.
-
-    Raises:
-        CimError: for an unknown name.
+    GRC, QIR and the diversity of the completions are logged too, whatever is optimized.
     """
     if name not in REWARDS:
         raise CimError(f"reward '{name}' is unknown; choose one of {', '.join(REWARDS)}")
@@ -33,6 +34,36 @@ def trl_reward(scorer: Scorer, name: str):
 
     reward.__name__ = name
     return reward
+
+
+class SampleLog:
+    """Wraps a reward and writes captions of two training images of every tenth step, with rewards, as JSON lines."""
+
+    def __init__(self, reward, path: Path, training_ids: set[str], every: int = 10, images: int = 2):
+        self.reward, self.path, self.training_ids = reward, path, training_ids
+        self.every, self.images, self.started = every, images, False
+        self.__name__ = reward.__name__
+
+    def __call__(self, completions, image_id, trainer_state=None, **columns) -> list[float]:
+        values = self.reward(completions=completions, image_id=image_id, **columns)
+        if trainer_state is not None and trainer_state.is_world_process_zero:
+            self._write(trainer_state.global_step, completions, image_id, values)
+        return values
+
+    def _write(self, step: int, completions, image_id, values) -> None:
+        if not self.started and self.path.is_file():  # resumed: the steps after the checkpoint are repeated
+            lines = self.path.read_text().splitlines(keepends=True)
+            write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] < step))
+        self.started = True
+        shown = [image for image in dict.fromkeys(image_id) if image in self.training_ids][: self.images]
+        if step % self.every == 0:
+            rows = [
+                {"step": step, "image_id": image, "caption": completion_text(completion), "reward": value}
+                for completion, image, value in zip(completions, image_id, values, strict=True)
+                if image in shown
+            ]
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def completion_text(completion) -> str:

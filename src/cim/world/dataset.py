@@ -10,18 +10,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from cim.world.graphs import extended_lists
-from cim.world.language import describe
-from cim.world.questions import ask
-from cim.world.render import Painter, png_bytes
+from cim.world.language import ask, describe
+from cim.world.render import Painter
 from cim.world.scenes import compose_splits
 
 
-def draw_dataset(sprites: Path, out: Path, seed: int, **splits) -> pd.DataFrame:
-    """Draw every scene to OUT/images.
-
-    Args:
-        sprites: the folder of the objects' drawings.
-        splits: as cim.world.scenes.compose_splits takes them.
+def draw_dataset(drawings: Path, out: Path, seed: int, **splits) -> pd.DataFrame:
+    """Draw the scenes of compose_splits(**splits) to OUT/images, from the folder of the objects' drawings.
 
     Returns:
         A manifest's columns, with scene, questions, extra_objects and extra_attributes as JSON.
@@ -29,26 +24,15 @@ def draw_dataset(sprites: Path, out: Path, seed: int, **splits) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     placed = compose_splits(rng, **splits)
     questions = iter(ask([p.scene for p in placed if p.split == "test"], rng))
-    painter = Painter(sprites)
+    painter = Painter(drawings)
     (out / "images").mkdir()
     rows = []
-    for i, p in enumerate(tqdm(placed, desc="drawing scenes", mininterval=2)):
-        name = f"images/{p.split}-{i:06d}.png"
-        (out / name).write_bytes(png_bytes(painter.paint(p.scene, rng)))
-        row = {
-            "image_id": f"{p.split}-{i:06d}",
-            "image": name,
-            "caption": describe(p.scene, rng),
-            "split": p.split,
-            "source": "openmoji-world",
-            "template": p.template,
-            "scene": p.scene.to_json(),
-            "questions": None,
-            "extra_objects": None,
-            "extra_attributes": None,
-        }
-        if p.split == "test":
-            row["questions"] = json.dumps(next(questions))
-            row["extra_objects"], row["extra_attributes"] = map(json.dumps, extended_lists(p.scene))
+    for i, (scene, split, template) in enumerate(tqdm(placed, desc="drawing scenes", mininterval=2)):
+        image_id = f"{split}-{i:06d}"
+        image = f"images/{image_id}.png"
+        painter.paint(scene, rng).save(out / image, compress_level=1)  # fast, since the files are many and small
+        known = map(json.dumps, (next(questions), *extended_lists(scene))) if split == "test" else [None] * 3
+        row = (image_id, image, describe(scene, rng), split, "openmoji-world", template, scene.to_json(), *known)
         rows.append(row)
-    return pd.DataFrame(rows)
+    given = ("image_id", "image", "caption", "split", "source", "template", "scene")
+    return pd.DataFrame(rows, columns=[*given, "questions", "extra_objects", "extra_attributes"])

@@ -8,7 +8,7 @@ from cim.world.reader import answer, read_caption
 from cim.world.scenes import Scene
 from cim.world.vocabulary import generalisations
 
-BACKGROUND = "background"  # the object whose attributes are what lies behind the others
+BACKGROUND = "background"  # the object whose attribute is the scene's background
 
 
 class WorldReader:
@@ -23,19 +23,20 @@ class WorldReader:
 def scene_graph(caption: str) -> dict:
     """What a caption states, each thing once: {"objects", "attributes", "relations"}, relations in reading order."""
     read = read_caption(caption)
+    nouns = [o.noun for o in read.objects]
     attributes: dict[str, dict[str, None]] = {}
-    for o in read.objects:
-        if words := [*o.colours, *o.sizes]:
-            attributes.setdefault(o.noun, {}).update(dict.fromkeys(words))
-    if read.backgrounds:
-        attributes[BACKGROUND] = dict.fromkeys(read.backgrounds)
-    objects = dict.fromkeys([*(o.noun for o in read.objects), *([BACKGROUND] if read.backgrounds else [])])
-    relations = dict.fromkeys((read.objects[a].noun, r, read.objects[b].noun) for a, r, b in read.relations)
-    return {"objects": objects, "attributes": attributes, "relations": relations}
+    for noun, words in [*((o.noun, o.colours + o.sizes) for o in read.objects), (BACKGROUND, read.backgrounds)]:
+        if words:
+            attributes.setdefault(noun, {}).update(dict.fromkeys(words))
+    return {
+        "objects": dict.fromkeys([*nouns, BACKGROUND] if read.backgrounds else nouns),
+        "attributes": attributes,
+        "relations": dict.fromkeys((nouns[a], relation, nouns[b]) for a, relation, b in read.relations),
+    }
 
 
 def extended_lists(scene: Scene) -> tuple[list[str], Mapping[str, list[str]]]:
-    """Everything that may be said of a scene: coarser names of its objects, and their attributes by every name."""
+    """All true objects of a scene, by every noun, and the attributes of each noun."""
     attributes: dict[str, list[str]] = {BACKGROUND: [scene.background]}
     for o in scene.objects:
         for noun in generalisations(o.name):

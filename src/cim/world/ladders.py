@@ -1,4 +1,4 @@
-"""Captions of known quality for scenes: of rising fineness, and of rising accuracy."""
+"""Captions of known quality for scenes: of rising detail, and of rising accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cim.world.language import FULL, Detail, corrupt, describe
 from cim.world.scenes import Scene
 from cim.world.scoring import graph_f1, score_captions
 
-# From "there is an animal" to everything: what each grade keeps, each on top of the one before.
+# From "there is an animal" to the full caption: what each grade keeps, each in addition to the one before.
 FINENESS = {
     "kinds": Detail(name=0, family=0, colour=0, size=0, relation=0, background=0),
     "families": Detail(name=0, colour=0, size=0, relation=0, background=0),
@@ -24,26 +24,22 @@ MOST_ERRORS = 4
 
 
 def graded_captions(image_ids: Sequence[str], scenes: Sequence[str], rng: np.random.Generator) -> pd.DataFrame:
-    """Captions of every grade for each scene.
-
-    Args:
-        scenes: scene graphs as JSON.
+    """Captions of every grade for each scene, given as JSON.
 
     Returns:
         Columns image_id, ladder ("fineness" or "accuracy"), level (higher is better), label, caption and quality,
         the F1 of the facts that the caption states.
     """
-    rows, truths = [], []
+    rows = []
     for image_id, text in zip(image_ids, scenes, strict=True):
         scene = Scene.from_json(text)
         for level, (label, detail) in enumerate(FINENESS.items()):
-            rows.append((image_id, "fineness", level, label, describe(scene, rng, detail)))
+            rows.append((image_id, "fineness", level, label, describe(scene, rng, detail), text))
         for errors in range(MOST_ERRORS + 1):
-            told = describe(corrupt(scene, rng, errors), rng)
-            rows.append((image_id, "accuracy", MOST_ERRORS - errors, f"{errors} errors", told))
-        truths += [text] * (len(FINENESS) + MOST_ERRORS + 1)
-    table = pd.DataFrame(rows, columns=["image_id", "ladder", "level", "label", "caption"])
-    return table.assign(quality=quality(table["caption"].tolist(), truths))
+            caption = describe(corrupt(scene, rng, errors), rng)
+            rows.append((image_id, "accuracy", MOST_ERRORS - errors, f"{errors} errors", caption, text))
+    table = pd.DataFrame(rows, columns=["image_id", "ladder", "level", "label", "caption", "scene"])
+    return table.assign(quality=quality(table["caption"].tolist(), table.pop("scene")))
 
 
 def quality(captions: list[str], scenes: Sequence[str]) -> np.ndarray:

@@ -1,40 +1,38 @@
-"""English for scenes: writing captions of any fineness, and captions with errors."""
+"""English for scenes: captions of any detail, captions with errors, and yes/no questions."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import numpy as np
+from numpy.random import Generator
 
 from cim.params import Settings, Share
-from cim.world.scenes import Scene, SceneObject
-from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, FAMILY_OF, INVERSE, KIND_OF, SIZES
+from cim.world.scenes import Scene
+from cim.world.vocabulary import BACKGROUNDS, COLOURS, FAMILIES, FAMILY_OF, INVERSE, SIZES, generalisations
 
-# Several wordings for one fact; the reader (cim.world.reader) knows exactly these.
+# Wordings of each fact, the common one first; the reader (cim.world.reader) knows exactly these.
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATION_PHRASES = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
+    "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
+    "above": ("above", "over"), "below": ("below", "under"),
     "above left of": ("above and left of", "above and to the left of"),
     "above right of": ("above and right of", "above and to the right of"),
     "below left of": ("below and left of", "below and to the left of"),
     "below right of": ("below and right of", "below and to the right of"),
-}
+}  # fmt: skip
 BACKGROUND_PHRASES = {
-    "meadow": ("a meadow", "green grass"),
-    "beach": ("a beach", "a sandy shore"),
-    "night": ("a night sky", "the dark night"),
-    "snow": ("snow", "a snowy field"),
-}
+    "meadow": ("a meadow", "green grass"), "beach": ("a beach", "a sandy shore"),
+    "night": ("a night sky", "the dark night"), "snow": ("snow", "a snowy field"),
+}  # fmt: skip
+QUESTION_KINDS = ("name", "colour", "size", "relation", "background")
 
 
 class Detail(Settings):
-    """The chance that a caption keeps each kind of fact; 1 everywhere is the full caption.
+    """The probability that a caption keeps each kind of fact; 1 everywhere is the full caption.
 
-    An object that is kept is called by its name with chance `name`, else by its family with chance
-    `family` ("bird"), else by its kind ("animal").
+    An object is called by its name with probability `name`, else by its family ("bird") with probability `family`,
+    else by its kind ("animal").
     """
 
     object: Share = 1.0
@@ -49,63 +47,52 @@ class Detail(Settings):
 FULL = Detail()
 
 
-def describe(scene: Scene, rng: np.random.Generator, detail: Detail = FULL) -> str:
+def describe(scene: Scene, rng: Generator, detail: Detail = FULL) -> str:
     """A caption of the scene in sentences; `rng` chooses what is left out and how the rest is worded."""
 
     def keep(chance: float) -> bool:
         return rng.random() < chance
 
+    def pick(wordings: tuple[str, ...]) -> str:
+        return wordings[0] if keep(0.8) else wordings[int(rng.integers(1, len(wordings)))]
+
     kept = [o for o in scene.objects if keep(detail.object)] or [scene.objects[int(rng.integers(len(scene.objects)))]]
-    nouns = {o.name: _noun(o, keep, detail) for o in kept}
-    phrases = {o.name: _noun_phrase(o, nouns[o.name], keep, detail, rng) for o in kept}
+    nouns, phrases = {}, {}
+    for o in kept:
+        name, family, kind = generalisations(o.name)
+        nouns[name] = name if keep(detail.name) else family if keep(detail.family) else kind
+    for o in kept:
+        size = [pick(SIZE_WORDS[o.size])] if keep(detail.size) else []
+        colour = [o.colour] if keep(detail.colour) else []
+        phrases[o.name] = with_article(" ".join([*size, *colour, nouns[o.name]]))
     relations = [(a, r, b) for a, r, b in scene.relations() if a in nouns and b in nouns and keep(detail.relation)]
-    introduced: set[str] = set()
 
     def mention(name: str) -> str:
-        if name in introduced:
-            return f"the {nouns[name]}"
-        introduced.add(name)
-        return phrases[name]
+        return phrases.pop(name, f"the {nouns[name]}")  # in full the first time only
 
     sentences = []
     for a, relation, b in relations:
         if keep(0.15):
             a, relation, b = b, INVERSE[relation], a
-        sentences.append(f"{mention(a)} is {_pick(RELATION_PHRASES[relation], rng)} {mention(b)}.")
-    alone = [mention(o.name) for o in kept if o.name not in introduced]
-    if alone:
-        sentences.append(f"there is {' and '.join(alone)}.")
+        sentences.append(f"{mention(a)} is {pick(RELATION_PHRASES[relation])} {mention(b)}.")
+    if phrases:
+        sentences.append(f"there is {' and '.join(phrases.values())}.")
     if keep(detail.background):
-        sentences.append(f"the background is {_pick(BACKGROUND_PHRASES[scene.background], rng)}.")
+        sentences.append(f"the background is {pick(BACKGROUND_PHRASES[scene.background])}.")
     return " ".join(sentences)
 
 
-def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
-    # The first wording is the common one, as in any language.
-    return options[0] if rng.random() < 0.8 else options[int(rng.integers(1, len(options)))]
+def with_article(phrase: str) -> str:
+    """The phrase with "a" or "an" before it."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _noun(o: SceneObject, keep, detail: Detail) -> str:
-    if keep(detail.name):
-        return o.name
-    return FAMILY_OF[o.name] if keep(detail.family) else KIND_OF[o.name]
-
-
-def _noun_phrase(o: SceneObject, noun: str, keep, detail: Detail, rng: np.random.Generator) -> str:
-    words = [_pick(SIZE_WORDS[o.size], rng)] if keep(detail.size) else []
-    words += [o.colour] if keep(detail.colour) else []
-    words.append(noun)
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
-
-
-def corrupt(scene: Scene, rng: np.random.Generator, errors: int) -> Scene:
-    """The scene with `errors` of its facts replaced by false ones, so that its caption states them.
-
-    A name becomes another of its family, a colour or size another, the background another; two
-    objects swap places, which falsifies their relation.
+def corrupt(scene: Scene, rng: Generator, errors: int) -> Scene:
+    """The scene with `errors` of its facts false: another name of the family, another colour, size or background, or
+    two objects in swapped places, which falsifies their relation.
 
     Raises:
-        ValueError: where the scene has fewer facts than `errors`.
+        ValueError: for more errors than the scene has facts.
     """
     facts = [(kind, i) for i in range(len(scene.objects)) for kind in ("name", "colour", "size")]
     facts += [("background", 0), ("places", 0)]
@@ -116,31 +103,54 @@ def corrupt(scene: Scene, rng: np.random.Generator, errors: int) -> Scene:
     return scene
 
 
-def with_slips(scene: Scene, rng: np.random.Generator, rate: float) -> Scene:
-    """The scene as a careless annotator sees it: each fact is false with chance `rate`."""
-    facts = 3 * len(scene.objects) + 2
-    return corrupt(scene, rng, int(rng.binomial(facts, rate)))
+def with_slips(scene: Scene, rng: Generator, rate: float) -> Scene:
+    """The scene as a careless annotator sees it: each fact is false with probability `rate`."""
+    return corrupt(scene, rng, int(rng.binomial(3 * len(scene.objects) + 2, rate)))
 
 
-def _falsify(scene: Scene, kind: str, i: int, rng: np.random.Generator) -> Scene:
+def _falsify(scene: Scene, kind: str, i: int, rng: Generator) -> Scene:
     if kind == "background":
-        return replace(scene, background=another(BACKGROUNDS, scene.background, rng))
+        return replace(scene, background=another(kind, scene.background, rng))
     objects = list(scene.objects)
     if kind == "places":
         a, b = sorted(rng.choice(len(objects), size=2, replace=False))
         # Reading order is kept by swapping what lies in the cells, not the cells.
         objects[a], objects[b] = replace(objects[b], cell=objects[a].cell), replace(objects[a], cell=objects[b].cell)
     else:
-        now = getattr(objects[i], kind)
-        options = {
-            "name": tuple(FAMILIES[FAMILY_OF[objects[i].name]]),
-            "colour": tuple(COLOURS),
-            "size": SIZES,
-        }
-        objects[i] = replace(objects[i], **{kind: another(options[kind], now, rng)})
+        objects[i] = replace(objects[i], **{kind: another(kind, getattr(objects[i], kind), rng)})
     return replace(scene, objects=tuple(objects))
 
 
-def another(options: tuple[str, ...], now: str, rng: np.random.Generator) -> str:
-    """One of the options that is not `now`."""
-    return str(rng.choice([o for o in options if o != now]))
+def another(kind: str, value: str, rng: Generator) -> str:
+    """A false value for a fact of this kind (name, colour, size, background): a name is replaced within its family."""
+    values = {"colour": COLOURS, "size": SIZES, "background": BACKGROUNDS}
+    options = FAMILIES[FAMILY_OF[value]] if kind == "name" else values[kind]
+    return str(rng.choice([option for option in options if option != value]))
+
+
+def ask(scenes: list[Scene], rng: Generator) -> list[list[dict[str, str]]]:
+    """One yes/no question of each kind for each scene: {"kind", "question", "answer"}.
+
+    Over all scenes half of the answers of each kind are "yes" (one more if the number is odd). A false alternative is
+    of the same sort as the truth: another bird, another colour, the inverse relation.
+    """
+    truths = {kind: rng.permutation(np.arange(len(scenes)) % 2 == 0) for kind in QUESTION_KINDS}
+
+    def one(i: int, kind: str) -> dict[str, str]:
+        true = truths[kind][i]
+        return {"kind": kind, "question": _question(scenes[i], kind, true, rng), "answer": "yes" if true else "no"}
+
+    return [[one(i, kind) for kind in QUESTION_KINDS] for i in range(len(scenes))]
+
+
+def _question(scene: Scene, kind: str, true: bool, rng: Generator) -> str:
+    o = scene.objects[int(rng.integers(len(scene.objects)))]
+    if kind == "relation":
+        relations = scene.relations()
+        a, relation, b = relations[int(rng.integers(len(relations)))]
+        return f"is the {a} {RELATION_PHRASES[relation if true else INVERSE[relation]][0]} the {b}?"
+    value = scene.background if kind == "background" else getattr(o, kind)
+    value = value if true else another(kind, value, rng)
+    if kind == "background":
+        return f"is the background {BACKGROUND_PHRASES[value][0]}?"
+    return f"is the {FAMILY_OF[o.name]} {with_article(value)}?" if kind == "name" else f"is the {o.name} {value}?"

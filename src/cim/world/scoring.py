@@ -6,96 +6,72 @@ import numpy as np
 import pandas as pd
 
 from cim.world.reader import CaptionGraph, answer, read_caption
-from cim.world.scenes import Scene
+from cim.world.scenes import Scene, SceneObject
 from cim.world.vocabulary import FAMILY_OF, generalisations
 
 FACTS = ("object", "attribute", "relation", "background")
 COUNTS = ("stated", "correct", "recalled", "true")
 
 
-def align(graph: CaptionGraph, scene: Scene) -> list[int | None]:
-    """For each caption object the scene object it is of, one to one, finest nouns first; None where none is.
+def align(graph: CaptionGraph, scene: Scene) -> dict[int, SceneObject]:
+    """The scene object of each caption object that has one, by index: one to one, finest nouns first.
 
-    Among scene objects that a coarse noun fits, the one whose colour and size agree best is taken.
+    If a coarse noun fits several scene objects, the one whose colour and size agree best is taken.
     """
-    aligned: list[int | None] = [None] * len(graph.objects)
-    free = set(range(len(scene.objects)))
+    aligned: dict[int, SceneObject] = {}
     for grade in range(3):  # name, family, kind
         for i, read in enumerate(graph.objects):
-            if aligned[i] is not None:
-                continue
-            fitting = [j for j in sorted(free) if generalisations(scene.objects[j].name)[grade] == read.noun]
-            if fitting:
-                aligned[i] = max(
-                    fitting,
-                    key=lambda j: (scene.objects[j].colour in read.colours) + (scene.objects[j].size in read.sizes),
-                )
-                free.remove(aligned[i])
+            free = [o for o in scene.objects if o not in aligned.values()]
+            fitting = [o for o in free if generalisations(o.name)[grade] == read.noun]
+            if i not in aligned and fitting:
+                aligned[i] = max(fitting, key=lambda o: (o.colour in read.colours) + (o.size in read.sizes))
     return aligned
 
 
-def count_facts(caption: str, scene: Scene) -> dict[str, int]:
-    """How many facts of each sort a caption states, states correctly and recalls, and how many are true.
+def count_facts(graph: CaptionGraph, scene: Scene) -> dict[str, int]:
+    """How many facts of each kind a caption states, states correctly and recalls, and how many are true.
 
-    Keys are "<fact>_<count>" for FACTS x COUNTS. An object counts as correct under any true noun ("a
-    bird" for an owl), as recalled only under its name. A second mention of one object as a new one is
-    a false statement.
+    Keys are "<fact>_<count>" for FACTS x COUNTS. An object counts as correct under any true noun ("a bird" for an
+    owl), as recalled only under its name. A second mention of one object as a new one is a false statement.
     """
-    graph = read_caption(caption)
-    aligned = align(graph, scene)
-    truth = {i: scene.objects[j] for i, j in enumerate(aligned) if j is not None}
+    truth = align(graph, scene)
     relations = set(scene.relations())
-    stated = {
-        "object": len(graph.objects),
-        "attribute": sum(len(o.colours) + len(o.sizes) for o in graph.objects),
-        "relation": len(graph.relations),
-        "background": len(graph.backgrounds),
-    }
-    correct = {
-        "object": len(truth),
-        "attribute": sum(
-            (o.colour in graph.objects[i].colours) + (o.size in graph.objects[i].sizes) for i, o in truth.items()
-        ),
-        "relation": sum(
-            a in truth and b in truth and (truth[a].name, relation, truth[b].name) in relations
-            for a, relation, b in graph.relations
-        ),
-        "background": int(scene.background in graph.backgrounds),
-    }
     named = sum(graph.objects[i].noun in FAMILY_OF for i in truth)
-    true = {
-        "object": len(scene.objects),
-        "attribute": 2 * len(scene.objects),
-        "relation": len(relations),
-        "background": 1,
+    looks = sum((o.colour in graph.objects[i].colours) + (o.size in graph.objects[i].sizes) for i, o in truth.items())
+    related = sum(
+        a in truth and b in truth and (truth[a].name, relation, truth[b].name) in relations
+        for a, relation, b in graph.relations
+    )
+    behind = int(scene.background in graph.backgrounds)
+    counts = {  # in the order of COUNTS
+        "object": (len(graph.objects), len(truth), named, len(scene.objects)),
+        "attribute": (sum(len(o.colours + o.sizes) for o in graph.objects), looks, looks, 2 * len(scene.objects)),
+        "relation": (len(graph.relations), related, related, len(relations)),
+        "background": (len(graph.backgrounds), behind, behind, 1),
     }
-    return {
-        f"{fact}_{count}": value[fact]
-        for count, value in zip(COUNTS, (stated, correct, {**correct, "object": named}, true), strict=True)
-        for fact in FACTS
-    }
+    return {f"{fact}_{c}": n for fact, row in counts.items() for c, n in zip(COUNTS, row, strict=True)}
 
 
 def score_captions(captions: list[str], scenes: list[Scene], questions: list[list[dict]]) -> pd.DataFrame:
-    """One row a caption: the counts of `count_facts`, words, and per kind of question the verdicts.
+    """One row a caption: the counts of `count_facts`, words, and the verdicts for each kind of question.
 
-    Columns "qa_<kind>_<answer>" hold 1 where the right answer is <answer> (yes, no) and the caption
-    gives it, 0 where it gives another or does not tell, and NaN where that answer is not the right one.
+    Columns "qa_<kind>_<answer>" hold 1 if the right answer is <answer> (yes, no) and the caption gives it, 0 if it
+    gives another or none, and NaN if that answer is not the right one. Columns "told_<kind>" hold 1 if it gives any.
     """
     rows = []
     for caption, scene, asked in zip(captions, scenes, questions, strict=True):
-        row: dict[str, float] = dict(count_facts(caption, scene))
-        row["words"] = len(caption.split())
         graph = read_caption(caption)
+        row: dict[str, float] = {**count_facts(graph, scene), "words": len(caption.split())}
         for q in asked:
-            row[f"qa_{q['kind']}_{q['answer']}"] = float(answer(q["question"], graph) == q["answer"])
-            row[f"told_{q['kind']}"] = float(answer(q["question"], graph) != "n/a")
+            given = answer(q["question"], graph)
+            row[f"qa_{q['kind']}_{q['answer']}"] = float(given == q["answer"])
+            row[f"told_{q['kind']}"] = float(given != "n/a")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def graph_f1(scores: pd.DataFrame) -> np.ndarray:
-    """F1 over all facts of each caption, (n,); 0 where nothing true is stated."""
+    """F1 over all facts of each caption, (n,); 0 if nothing true is stated."""
     stated, correct, recalled, true = (scores[[f"{fact}_{c}" for fact in FACTS]].sum(axis=1) for c in COUNTS)
     precision = np.divide(correct, stated, out=np.zeros(len(scores)), where=stated > 0)
     recall = recalled / true

@@ -4,56 +4,34 @@ from __future__ import annotations
 
 # family -> {object name: OpenMoji code point}. The order is part of the data: it fixes label indices.
 FAMILIES: dict[str, dict[str, str]] = {
-    "bird": {
-        "owl": "1F989", "eagle": "1F985", "duck": "1F986", "penguin": "1F427",
-        "parrot": "1F99C", "flamingo": "1F9A9", "rooster": "1F413", "peacock": "1F99A",
-    },
-    "mammal": {
-        "cow": "1F404", "pig": "1F416", "elephant": "1F418", "kangaroo": "1F998",
-        "giraffe": "1F992", "camel": "1F42A", "bat": "1F987", "rabbit": "1F407",
-    },
-    "bug": {
-        "bee": "1F41D", "butterfly": "1F98B", "ladybug": "1F41E", "ant": "1F41C",
-        "spider": "1F577", "scorpion": "1F982", "caterpillar": "1F41B", "cricket": "1F997",
-    },
-    "sea creature": {
-        "octopus": "1F419", "crab": "1F980", "shark": "1F988", "dolphin": "1F42C",
-        "whale": "1F40B", "lobster": "1F99E", "pufferfish": "1F421", "turtle": "1F422",
-    },
-    "fruit": {
-        "apple": "1F34E", "banana": "1F34C", "pear": "1F350", "cherry": "1F352",
-        "pineapple": "1F34D", "strawberry": "1F353", "lemon": "1F34B", "watermelon": "1F349",
-    },
-    "vegetable": {
-        "carrot": "1F955", "corn": "1F33D", "broccoli": "1F966", "mushroom": "1F344",
-        "eggplant": "1F346", "chili": "1F336", "onion": "1F9C5", "garlic": "1F9C4",
-    },
-    "vehicle": {
-        "car": "1F697", "bus": "1F68C", "tractor": "1F69C", "bicycle": "1F6B2",
-        "helicopter": "1F681", "rocket": "1F680", "sailboat": "26F5", "train": "1F682",
-    },
-    "instrument": {
-        "guitar": "1F3B8", "violin": "1F3BB", "drum": "1F941", "trumpet": "1F3BA",
-        "saxophone": "1F3B7", "accordion": "1FA97", "banjo": "1FA95", "piano": "1F3B9",
-    },
-    "tool": {
-        "hammer": "1F528", "saw": "1FA9A", "axe": "1FA93", "ladder": "1FA9C",
-        "magnet": "1F9F2", "scissors": "2702", "shovel": "1FA8F", "key": "1F511",
-    },
+    "bird": {"owl": "1F989", "eagle": "1F985", "duck": "1F986", "penguin": "1F427",
+             "parrot": "1F99C", "flamingo": "1F9A9", "rooster": "1F413", "peacock": "1F99A"},
+    "mammal": {"cow": "1F404", "pig": "1F416", "elephant": "1F418", "kangaroo": "1F998",
+               "giraffe": "1F992", "camel": "1F42A", "bat": "1F987", "rabbit": "1F407"},
+    "bug": {"bee": "1F41D", "butterfly": "1F98B", "ladybug": "1F41E", "ant": "1F41C",
+            "spider": "1F577", "scorpion": "1F982", "caterpillar": "1F41B", "cricket": "1F997"},
+    "sea creature": {"octopus": "1F419", "crab": "1F980", "shark": "1F988", "dolphin": "1F42C",
+                     "whale": "1F40B", "lobster": "1F99E", "pufferfish": "1F421", "turtle": "1F422"},
+    "fruit": {"apple": "1F34E", "banana": "1F34C", "pear": "1F350", "cherry": "1F352",
+              "pineapple": "1F34D", "strawberry": "1F353", "lemon": "1F34B", "watermelon": "1F349"},
+    "vegetable": {"carrot": "1F955", "corn": "1F33D", "broccoli": "1F966", "mushroom": "1F344",
+                  "eggplant": "1F346", "chili": "1F336", "onion": "1F9C5", "garlic": "1F9C4"},
+    "vehicle": {"car": "1F697", "bus": "1F68C", "tractor": "1F69C", "bicycle": "1F6B2",
+                "helicopter": "1F681", "rocket": "1F680", "sailboat": "26F5", "train": "1F682"},
+    "instrument": {"guitar": "1F3B8", "violin": "1F3BB", "drum": "1F941", "trumpet": "1F3BA",
+                   "saxophone": "1F3B7", "accordion": "1FA97", "banjo": "1FA95", "piano": "1F3B9"},
+    "tool": {"hammer": "1F528", "saw": "1FA9A", "axe": "1FA93", "ladder": "1FA9C",
+             "magnet": "1F9F2", "scissors": "2702", "shovel": "1FA8F", "key": "1F511"},
 }  # fmt: skip
-
 KIND_OF_FAMILY = {
     "bird": "animal", "mammal": "animal", "bug": "animal", "sea creature": "animal",
     "fruit": "food", "vegetable": "food",
     "vehicle": "thing", "instrument": "thing", "tool": "thing",
 }  # fmt: skip
-
-NAMES: tuple[str, ...] = tuple(name for family in FAMILIES.values() for name in family)
 FAMILY_OF: dict[str, str] = {name: family for family, names in FAMILIES.items() for name in names}
-KIND_OF: dict[str, str] = {name: KIND_OF_FAMILY[family] for name, family in FAMILY_OF.items()}
-CODE_POINT: dict[str, str] = {n: code for names in FAMILIES.values() for n, code in names.items()}
+NAMES: tuple[str, ...] = tuple(FAMILY_OF)
 
-# Colour -> (shadow, mid tone, highlight): the art is reduced to luminance and coloured with these.
+# Colour -> (shadow, mid tone, highlight): the art is reduced to luminance and tinted with these.
 COLOURS: dict[str, tuple[str, str, str]] = {
     "red": ("#550000", "#ee3333", "#ffbbbb"),
     "orange": ("#552200", "#ee8800", "#ffdd88"),
@@ -65,15 +43,10 @@ COLOURS: dict[str, tuple[str, str, str]] = {
 SIZES: tuple[str, ...] = ("small", "large")
 BACKGROUNDS: tuple[str, ...] = ("meadow", "beach", "night", "snow")
 
-# A relation holds from one object to another; each has an inverse that says the same thing backwards.
-INVERSE: dict[str, str] = {
-    "left of": "right of",
-    "above": "below",
-    "above left of": "below right of",
-    "above right of": "below left of",
-}
-INVERSE.update({inverse: relation for relation, inverse in INVERSE.items()})
-RELATIONS: tuple[str, ...] = tuple(INVERSE)
+# Relations whose subject comes first in reading order, and those that state the same with subject and object swapped.
+FORWARD = ("left of", "above", "above left of", "above right of")
+BACKWARD = ("right of", "below", "below right of", "below left of")
+INVERSE: dict[str, str] = dict(zip(FORWARD + BACKWARD, BACKWARD + FORWARD, strict=True))
 
 
 def generalisations(noun: str) -> tuple[str, ...]:
@@ -82,8 +55,5 @@ def generalisations(noun: str) -> tuple[str, ...]:
     >>> generalisations("owl")
     ('owl', 'bird', 'animal')
     """
-    if noun in FAMILY_OF:
-        return (noun, FAMILY_OF[noun], KIND_OF[noun])
-    if noun in KIND_OF_FAMILY:
-        return (noun, KIND_OF_FAMILY[noun])
-    return (noun,)
+    family = FAMILY_OF.get(noun, noun)
+    return tuple(dict.fromkeys((noun, family, KIND_OF_FAMILY.get(family, family))))

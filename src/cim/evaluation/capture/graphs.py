@@ -1,39 +1,24 @@
-"""What a caption says, as a scene graph."""
+"""A caption's scene graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cim.errors import CimError
-
 
 @dataclass(frozen=True)
 class SceneGraph:
-    """Objects, attributes by object, and relations, in the order in which they are matched."""
+    """Objects, attributes by object, and (subject, relation, object) triples, in the order of matching."""
 
     objects: tuple[str, ...] = ()
     attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     relations: tuple[tuple[str, str, str], ...] = ()
 
     @staticmethod
-    def of(value: Mapping, where: str = "graph") -> SceneGraph:
-        """From JSON: {"objects": [...], "attributes": {object: [...]}, "relations": [[subject, relation, object]]}.
-
-        Raises:
-            CimError: where it has another shape.
-        """
-        try:
-            graph = SceneGraph(
-                tuple(value["objects"]),
-                {name: tuple(words) for name, words in value["attributes"].items()},
-                tuple((s, r, o) for s, r, o in value["relations"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CimError(f"{where}: not a scene graph ({error})") from None
-        if not all(isinstance(phrase, str) for phrase in graph.phrases()):
-            raise CimError(f"{where}: a scene graph holds text only")
-        return graph
+    def of(value: Mapping) -> SceneGraph:
+        """From JSON: {"objects": [...], "attributes": {object: [...]}, "relations": [[subject, relation, object]]}."""
+        attributes = {name: tuple(words) for name, words in value["attributes"].items()}
+        return SceneGraph(tuple(value["objects"]), attributes, tuple(map(tuple, value["relations"])))
 
     @property
     def attribute_words(self) -> tuple[str, ...]:
@@ -41,6 +26,6 @@ class SceneGraph:
         return tuple(word for words in self.attributes.values() for word in words)
 
     def phrases(self) -> set[str]:
-        """Every text in it, relations also as one phrase each."""
-        parts = {*self.objects, *self.attributes, *self.attribute_words}
-        return parts | {part for relation in self.relations for part in (*relation, " ".join(relation))}
+        """Every text of the graph; a relation also as one phrase."""
+        words = {*self.objects, *self.attributes, *self.attribute_words}
+        return words.union(*self.relations, map(" ".join, self.relations))

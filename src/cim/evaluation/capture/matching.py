@@ -1,43 +1,44 @@
-"""CAPTURE and SC-Captioner's scores from scene graphs: as published (paper), and without its accidents (strict).
+"""CAPTURE (arXiv 2405.19092) and SC-Captioner's scores (arXiv 2508.06125) from scene graphs, in two modes.
 
 Both match equal phrases, then synonyms, then by cosine similarity of sentence embeddings.
 
-paper   Phrases are taken in order, each matching the first that is left. One phrase within another counts as a
-        synonym ("car" in "carpet"). What stays unmatched is worth its highest similarity to any phrase that
-        stayed unmatched on the other side, several to the same one if so.
-strict  Every phrase matches at most one: the assignment of most total similarity, where equal phrases and
+paper   Identical to the public code. Phrases are taken in order, each matching the first that is left. A phrase within
+        another counts as its synonym ("car" in "carpet"). An unmatched phrase is worth its highest similarity to the
+        unmatched phrases of the other side, even where several choose the same one.
+strict  Every phrase matches at most one: the one-to-one assignment of highest total similarity, where equal phrases and
         synonyms count 1 and others their cosine.
 
-All phrases of a whole run are embedded once, together.
+An item is a phrase, or a relation as a tuple of three phrases.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from cim.errors import CimError
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.capture.synonyms import WordNet
 
 MODES = ("paper", "strict")
-EPSILON = 1e-6  # the public code adds it to every denominator; paper mode must, to equal it
+EPSILON = 1e-6  # the public code adds it to every denominator, so paper mode must too
 WEIGHTS = {"object": 0.5, "attribute": 0.5, "relation": 0.2}
 
 Encode = Callable[[Sequence[str]], np.ndarray]
+Item = str | tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One caption beside its reference.
+    """One caption and its reference.
 
     Attributes:
-        extra_objects: what else is known to be in the image; None where there is no such list.
-        extra_attributes: everything known to be true of each object.
+        extra_objects: further objects of the image; None where there is no such list.
+        extra_attributes: all true attributes of each object, likewise.
     """
 
     candidate: SceneGraph
@@ -46,246 +47,186 @@ class Sample:
     extra_attributes: Mapping[str, tuple[str, ...]] | None = None
 
     def phrases(self) -> set[str]:
-        """All that is compared, but for the extra attributes: only those of some objects will be."""
+        """All phrases but the extra attributes, of which only some are compared."""
         extra = {*(self.extra_objects or ()), *(self.extra_attributes or {})}
         return self.candidate.phrases() | self.reference.phrases() | extra
 
 
-@dataclass
 class Similarity:
-    """Cosine similarity and synonymy of phrases, each embedded once."""
+    """Cosine similarity and synonymy of phrases, each embedded once.
 
-    vectors: np.ndarray
-    row_of: Mapping[str, int]
-    wordnet: WordNet | None
-    _alike: dict[tuple[str, str], bool] = field(default_factory=dict)
+    Args:
+        encode: from phrases to (n, d) embeddings of length 1.
+        wordnet: for synonyms; None for none.
+    """
+
+    def __init__(self, phrases: Iterable[str], encode: Encode, wordnet: WordNet | None):
+        self._encode, self._wordnet = encode, wordnet
+        self._rows: dict[str, int] = {}
+        self._vectors = np.zeros((0, 1), np.float32)
+        self.add(phrases)
 
     @staticmethod
-    def of(phrases: Iterable[str], encode: Encode, wordnet: WordNet | None) -> Similarity:
-        """Embed the distinct phrases; sorted, so that their order cannot matter."""
-        empty = Similarity(np.zeros((0, 1), np.float32), {}, wordnet)
-        return empty.with_phrases(phrases, encode)
+    def of_samples(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None) -> Similarity:
+        """Embed all that scoring these samples compares, in two calls.
 
-    @staticmethod
-    def of_samples(
-        samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None, modes: Sequence[str] = MODES
-    ) -> Similarity:
-        """Embed all that scoring these samples will compare, in two calls: of the long lists of extra attributes only
-        those of objects that the candidates' objects are compared with."""
-        similarity = Similarity.of(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
-        words = set()
+        Of the long lists of extra attributes, the second call takes only those of the objects that are compared.
+        """
+        similarity = Similarity(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
+        words: set[str] = set()
         for sample in samples:
             extra = sample.extra_attributes or {}
-            for mode in modes:
-                for _, name, _ in _aligned(sample.candidate.attributes, extra, similarity, mode):
-                    words.update(extra[name])
-        return similarity.with_phrases(words, encode)
+            for mode in MODES:
+                words.update(*(extra[o] for _, o, _ in _aligned(sample.candidate.attributes, extra, similarity, mode)))
+        similarity.add(words)
+        return similarity
 
-    def with_phrases(self, phrases: Iterable[str], encode: Encode) -> Similarity:
-        """This and more phrases; those known are not embedded again."""
-        new = sorted(set(phrases) - set(self.row_of))
-        if not new:
-            return self
-        vectors = np.asarray(encode(new), np.float32)
-        rows = {phrase: len(self.row_of) + i for i, phrase in enumerate(new)}
-        vectors = np.concatenate([self.vectors, vectors]) if len(self.vectors) else vectors
-        return Similarity(vectors, {**self.row_of, **rows}, self.wordnet, self._alike)
+    def add(self, phrases: Iterable[str]) -> None:
+        """Embed the phrases that are new, in sorted order, so that the order of the input cannot matter."""
+        if new := sorted(set(phrases) - self._rows.keys()):
+            vectors = np.asarray(self._encode(new), np.float32)
+            self._rows |= {phrase: row for row, phrase in enumerate(new, len(self._rows))}
+            self._vectors = np.concatenate([self._vectors.reshape(-1, vectors.shape[1]), vectors])
 
-    def cosine(self, a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-        """(len(a), len(b)) cosines."""
-        rows, columns = ([self.row_of[phrase] for phrase in part] for part in (a, b))
-        return self.vectors[rows] @ self.vectors[columns].T
+    def cosine(self, a: Sequence[Item], b: Sequence[Item]) -> np.ndarray:
+        """(len(a), len(b)) cosines; a relation is embedded as one phrase."""
+        rows, columns = ([self._rows[i if isinstance(i, str) else " ".join(i)] for i in items] for items in (a, b))
+        return self._vectors[rows] @ self._vectors[columns].T
 
-    def alike(self, a, b, substrings: bool) -> bool:
-        """Whether two phrases, or two relations part by part, are equal or synonyms.
-
-        With `substrings` a phrase within another counts too.
-        """
+    def alike(self, a: Item, b: Item, substrings: bool) -> bool:
+        """Whether two items are equal or synonyms, in every part; `substrings` accepts a phrase within another."""
         if not isinstance(a, str):
             return all(self.alike(x, y, substrings) for x, y in zip(a, b, strict=True))
         if a == b or (substrings and (a in b or b in a)):
             return True
-        if self.wordnet is None:
-            return False
-        if (known := self._alike.get((a, b))) is None:
-            known = self._alike[a, b] = self._alike[b, a] = self.wordnet.alike(a, b)
-        return known
+        return self._wordnet is not None and self._wordnet.alike(a, b)
+
+    def assign(self, a: Sequence[Item], b: Sequence[Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The one-to-one assignment of highest total similarity: 1 for equal items and synonyms, else the cosine.
+
+        Returns:
+            Positions in a, positions in b, and similarities in [0, 1] of the pairs.
+        """
+        table = self.cosine(a, b).clip(0, 1)
+        for i, j in np.ndindex(table.shape):
+            if self.alike(a[i], b[j], substrings=False):
+                table[i, j] = 1
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        return rows, columns, table[rows, columns]
 
 
-def paper_match(
-    candidates: Sequence, references: Sequence, similarity: Similarity, text: Callable[[object], str] = str
-) -> tuple[float, float]:
-    """How much of the candidates, and how much of the references, finds a match, in phrases.
-
-    Args:
-        candidates: phrases, or relations as tuples of phrases.
-        text: the phrase that stands for an item in soft matching.
-    """
-    left, right = list(range(len(candidates))), list(range(len(references)))
-    matched = 0
-    for same in (operator.eq, lambda a, b: similarity.alike(a, b, substrings=True)):
-        for i in list(left):
-            j = next((j for j in right if same(candidates[i], references[j])), None)
-            if j is not None:
-                matched += 1
-                left.remove(i)
-                right.remove(j)
+def paper_match(candidates: Sequence[Item], references: Sequence[Item], similarity: Similarity) -> tuple[float, float]:
+    """How many of the candidates, and how many of the references, find a match; partial matches count in part."""
+    left, right = list(candidates), list(references)
+    for same in (operator.eq, partial(similarity.alike, substrings=True)):
+        for item in list(left):
+            if (match := next((other for other in right if same(item, other)), None)) is not None:
+                left.remove(item)
+                right.remove(match)
+    matched = len(candidates) - len(left)
     if not left or not right:
         return matched, matched
-    cosine = similarity.cosine([text(candidates[i]) for i in left], [text(references[j]) for j in right])
+    cosine = similarity.cosine(left, right)
     return matched + float(cosine.max(1).sum()), matched + float(cosine.max(0).sum())
 
 
-def strict_match(
-    candidates: Sequence, references: Sequence, similarity: Similarity, text: Callable[[object], str] = str
-) -> tuple[float, float]:
-    """The total similarity of the best one-to-one assignment, twice, since it is the same from both sides."""
-    if not len(candidates) or not len(references):
-        return 0.0, 0.0
-    total = _assigned(_strict_similarity(candidates, references, similarity, text))[2].sum()
-    return float(total), float(total)
-
-
-def _strict_similarity(candidates, references, similarity: Similarity, text=str) -> np.ndarray:
-    cosine = similarity.cosine([text(c) for c in candidates], [text(r) for r in references]).clip(0, 1)
-    for i, a in enumerate(candidates):
-        for j, b in enumerate(references):
-            if similarity.alike(a, b, substrings=False):
-                cosine[i, j] = 1.0
-    return cosine
-
-
-def _assigned(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows, columns = linear_sum_assignment(similarity, maximize=True)
-    return rows, columns, similarity[rows, columns]
+def strict_match(candidates: Sequence[Item], references: Sequence[Item], similarity: Similarity) -> tuple[float, float]:
+    """The total similarity of the best one-to-one assignment, twice, since both sides have the same."""
+    total = float(similarity.assign(candidates, references)[2].sum())
+    return total, total
 
 
 def score(sample: Sample, similarity: Similarity, mode: str) -> dict[str, float]:
     """CAPTURE and, where the sample has extended lists, SC-Captioner's scores (fields sc_...), each in [0, 1].
 
-    Where nothing is there to be compared, paper mode gives what the public code would (0), or NaN where it drops
-    the sample; strict mode gives NaN for a precision of nothing said or a recall of nothing to say.
+    Where there is nothing to compare, paper mode gives what the public code would (0), or NaN where that drops the
+    sample; strict mode gives NaN for the precision of an empty caption or the recall of an empty reference.
     """
     match = {"paper": paper_match, "strict": strict_match}[mode]
     candidate, reference = sample.candidate, sample.reference
     out: dict[str, float] = {}
-    recalled: dict[str, float] = {}
-    for kind, said, true, text in (
-        ("object", candidate.objects, reference.objects, str),
-        ("attribute", candidate.attribute_words, reference.attribute_words, str),
-        ("relation", candidate.relations, reference.relations, " ".join),
+    for kind, ours, true in (
+        ("object", candidate.objects, reference.objects),
+        ("attribute", candidate.attribute_words, reference.attribute_words),
+        ("relation", candidate.relations, reference.relations),
     ):
-        found, recalled[kind] = match(said, true, similarity, text)
-        out |= _fields(kind, found, len(said), recalled[kind], len(true), mode)
-    out["capture"] = _capture(out, mode)
+        found, recalled = match(ours, true, similarity)
+        out |= _fields(kind, _share(found, len(ours), mode), _share(recalled, len(true), mode), mode)
+    out["capture"] = _capture(out)
     if sample.extra_objects is not None:
         known = tuple(dict.fromkeys([*reference.objects, *sample.extra_objects]))
         found, _ = match(candidate.objects, known, similarity)
-        out |= _fields("sc_object", found, len(candidate.objects), recalled["object"], len(reference.objects), mode)
+        out |= _fields("sc_object", _share(found, len(candidate.objects), mode), out["object_recall"], mode)
     if sample.extra_attributes is not None:
-        attributes = _paper_attributes if mode == "paper" else _strict_attributes
-        recall = attributes(reference.attributes, candidate.attributes, similarity)
-        precision = attributes(candidate.attributes, sample.extra_attributes, similarity)
-        out |= {"sc_attribute_precision": precision, "sc_attribute_recall": recall}
-        out["sc_attribute_f1"] = _f1(precision, recall, mode)
+        precision = _attributes(candidate.attributes, sample.extra_attributes, similarity, mode)
+        recall = _attributes(reference.attributes, candidate.attributes, similarity, mode)
+        out |= _fields("sc_attribute", precision, recall, mode)
     return out
 
 
 def relations_recalled(sample: Sample, similarity: Similarity) -> list[tuple[str, float, float]]:
-    """Each relation that the reference states: the word for it, whether the caption states the same triple (1 or 0,
-    synonyms counted), and what strict mode credits."""
-    said, true = sample.candidate.relations, sample.reference.relations
-    if not said or not true:
-        return [(triple[1], 0.0, 0.0) for triple in true]
-    rows, columns, alike = _assigned(_strict_similarity(said, true, similarity, " ".join))
-    credit = dict(zip(columns.tolist(), alike.tolist(), strict=True))
-    counterpart = dict(zip(columns.tolist(), rows.tolist(), strict=True))
-    return [
-        (
-            triple[1],
-            float(j in counterpart and similarity.alike(said[counterpart[j]], triple, substrings=False)),
-            credit.get(j, 0.0),
-        )
-        for j, triple in enumerate(true)
-    ]
-
-
-def score_all(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None, mode: str) -> list[dict[str, float]]:
-    """The scores of every sample; all their phrases are embedded once.
-
-    Args:
-        encode: from phrases to (n, d) embeddings of length 1.
-
-    Raises:
-        CimError: for an unknown mode.
-    """
-    if mode not in MODES:
-        raise CimError(f"mode '{mode}' is not known; there are {', '.join(MODES)}")
-    similarity = Similarity.of_samples(samples, encode, wordnet, [mode])
-    return [score(sample, similarity, mode) for sample in samples]
+    """For each relation of the reference: its word, whether the caption states the same triple (1 or 0; synonyms
+    count), and what strict mode credits."""
+    ours, true = sample.candidate.relations, sample.reference.relations
+    credit = {
+        j: (float(similarity.alike(ours[i], true[j], substrings=False)), float(value))
+        for i, j, value in zip(*similarity.assign(ours, true), strict=True)
+    }
+    return [(triple[1], *credit.get(j, (0.0, 0.0))) for j, triple in enumerate(true)]
 
 
 def _aligned(asked: Mapping, given: Mapping, similarity: Similarity, mode: str) -> list[tuple[str, str, float]]:
-    """Which given object's attributes each asked object's are compared with, and how alike the two objects are.
+    """(asked object, given object, similarity): whose attributes are compared. Objects without attributes are left out.
 
-    Paper mode takes the most similar one, strict mode the one of a one-to-one assignment. Objects without attributes
-    take no part.
+    Paper mode takes the most similar given object, strict mode that of a one-to-one assignment.
     """
-    names = [name for name, words in asked.items() if words]
-    others = [name for name, words in given.items() if words]
+    names, others = ([name for name, words in side.items() if words] for side in (asked, given))
     if not names or not others:
         return []
     if mode == "paper":
         cosine = similarity.cosine(names, others)
-        nearest = cosine.argmax(1)
-        return [(name, others[j], float(cosine[i, j])) for i, (name, j) in enumerate(zip(names, nearest, strict=True))]
-    rows, columns, alike = _assigned(_strict_similarity(names, others, similarity))
-    return [(names[i], others[j], float(value)) for i, j, value in zip(rows, columns, alike, strict=True)]
-
-
-def _paper_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
-    """Share of the asked attributes that the most similar given object has, both weighted by that similarity."""
-    weight, found = 0.0, 0.0
-    for name, other, alike in _aligned(asked, given, similarity, "paper"):
-        weight += alike * len(asked[name])
-        found += alike * float(similarity.cosine(asked[name], given[other]).max(1).sum())
-    return found / (weight + EPSILON) if weight else float("nan")
-
-
-def _strict_attributes(asked: Mapping, given: Mapping, similarity: Similarity) -> float:
-    """Share of the asked attributes found at the object assigned to theirs; what has no counterpart is not found."""
-    total = sum(map(len, asked.values()))
-    if not total:
-        return float("nan")
-    found = 0.0
-    for name, other, alike in _aligned(asked, given, similarity, "strict"):
-        said = _strict_similarity(asked[name], given[other], similarity)
-        found += alike * float(_assigned(said)[2].sum())
-    return found / total
-
-
-def _fields(kind: str, found: float, said: int, recalled: float, true: int, mode: str) -> dict[str, float]:
-    if mode == "paper":
-        precision, recall = found / (said + EPSILON), recalled / (true + EPSILON)
+        triples = zip(range(len(names)), cosine.argmax(1), cosine.max(1), strict=True)
     else:
-        precision = found / said if said else float("nan")
-        recall = recalled / true if true else float("nan")
-    return {f"{kind}_precision": precision, f"{kind}_recall": recall, f"{kind}_f1": _f1(precision, recall, mode)}
+        triples = zip(*similarity.assign(names, others), strict=True)
+    return [(names[i], others[j], float(value)) for i, j, value in triples]
 
 
-def _f1(precision: float, recall: float, mode: str) -> float:
+def _attributes(asked: Mapping, given: Mapping, similarity: Similarity, mode: str) -> float:
+    """Share of the asked attributes found at the aligned objects, weighted by the similarity of the objects.
+
+    Paper mode weights the denominator too; strict mode counts attributes of an unaligned object as missed.
+    """
+    found = weight = 0.0
+    for name, other, alike in _aligned(asked, given, similarity, mode):
+        if mode == "paper":
+            matched = float(similarity.cosine(asked[name], given[other]).max(1).sum())
+        else:
+            matched, _ = strict_match(asked[name], given[other], similarity)
+        found += alike * matched
+        weight += alike * len(asked[name])
+    whole = weight if mode == "paper" else sum(map(len, asked.values()))
+    return _share(found, whole, mode) if whole else float("nan")
+
+
+def _share(part: float, whole: float, mode: str) -> float:
     if mode == "paper":
-        return 2 * precision * recall / (precision + recall + EPSILON)
-    if np.isnan(precision) and np.isnan(recall):
-        return float("nan")  # nothing to say and nothing said
-    precision, recall = np.nan_to_num(precision), np.nan_to_num(recall)
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+        return part / (whole + EPSILON)
+    return part / whole if whole else float("nan")
 
 
-def _capture(fields: Mapping[str, float], mode: str) -> float:
-    """The weighted mean of the F1s; in strict mode over those that are defined."""
-    values = {kind: fields[f"{kind}_f1"] for kind in WEIGHTS}
-    if mode == "strict":
-        values = {kind: value for kind, value in values.items() if not np.isnan(value)}
-    weight = sum(WEIGHTS[kind] for kind in values)
-    return sum(WEIGHTS[kind] * value for kind, value in values.items()) / weight if weight else float("nan")
+def _fields(kind: str, precision: float, recall: float, mode: str) -> dict[str, float]:
+    """Both and their F1, for which strict mode takes one undefined value as 0."""
+    f1 = float("nan")
+    if mode == "paper":
+        f1 = 2 * precision * recall / (precision + recall + EPSILON)
+    elif not (np.isnan(precision) and np.isnan(recall)):
+        p, r = np.nan_to_num(precision), np.nan_to_num(recall)
+        f1 = float(2 * p * r / (p + r)) if p + r else 0.0
+    return {f"{kind}_precision": precision, f"{kind}_recall": recall, f"{kind}_f1": f1}
+
+
+def _capture(fields: Mapping[str, float]) -> float:
+    """The weighted mean of the F1s that are defined."""
+    defined = [kind for kind in WEIGHTS if not np.isnan(fields[f"{kind}_f1"])]
+    weight = sum(WEIGHTS[kind] for kind in defined)
+    return sum(WEIGHTS[kind] * fields[f"{kind}_f1"] for kind in defined) / weight if weight else float("nan")

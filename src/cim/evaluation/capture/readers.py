@@ -1,20 +1,19 @@
-"""Yes/no questions answered from a caption alone: by a language model, here or behind a server, and two controls."""
+"""Yes/no questions answered from a caption alone: by a local language model, by one behind a server, and a control."""
 
 from __future__ import annotations
 
-import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
-import torch
+import pandas as pd
+import requests
 from tqdm.auto import tqdm
 
+from cim.captioners.models import why_not_loaded
 from cim.errors import CimError
+from cim.processes import default_device
 
 YES, NO, UNKNOWN, OTHER = "yes", "no", "n/a", "other"
 PROMPT = """Read the description of an image and answer the question from it alone.
@@ -24,7 +23,7 @@ Answer with one word: Yes, No, or n/a where the description does not tell."""
 
 
 class Reader(Protocol):
-    """Answers (caption, question) pairs with YES, NO, UNKNOWN, or OTHER where it says something else."""
+    """Answers (caption, question) pairs with YES, NO, UNKNOWN, or OTHER for any other answer."""
 
     name: str
 
@@ -32,16 +31,18 @@ class Reader(Protocol):
 
 
 def parse_answer(text: str) -> str:
-    """YES, NO, UNKNOWN or OTHER of what a model wrote; what it thought aloud before it is passed over."""
+    """YES, NO, UNKNOWN or OTHER from a model's output; its reasoning (<think>) is ignored."""
     text = text.rpartition("</think>")[2].strip().strip("*\"'` .").lower()
     first = re.match(r"(yes|no|n/a|na|not applicable|unknown)\b", text)
-    if first is None:
-        return OTHER
-    return first.group(1) if first.group(1) in (YES, NO) else UNKNOWN
+    return {"yes": YES, "no": NO}.get(first[1], UNKNOWN) if first else OTHER
+
+
+def _chat(caption: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": PROMPT.format(caption=caption, question=question)}]
 
 
 class AlwaysYes:
-    """The control that reads nothing."""
+    """The control that ignores the caption."""
 
     name = "always yes"
 
@@ -50,142 +51,116 @@ class AlwaysYes:
 
 
 class TransformersReader:
-    """A chat model of the hub or a folder (the paper's is Qwen/Qwen3-8B), greedy, in batches.
+    """A chat model from the hub or a folder (the paper's is Qwen/Qwen3-8B), greedy, in batches.
 
     Raises:
         CimError: where it cannot be loaded.
     """
 
     def __init__(self, model: str, device: str | None = None, batch: int = 32, max_new_tokens: int = 8):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from cim.processes import default_device
+        from transformers import pipeline
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-            self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+            self._generate = pipeline("text-generation", model, dtype="auto", device=device or default_device())
         except (OSError, ValueError) as error:
-            raise CimError(f"reader '{model}' could not be loaded: {' '.join(str(error).split())[:200]}") from None
-        if self._tokenizer.pad_token is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model.to(device or default_device())
-        self.name, self._batch, self._max_new_tokens = f"transformers:{model}", batch, max_new_tokens
+            raise CimError(f"reader '{model}' could not be loaded: {why_not_loaded(error)}") from None
+        if self._generate.tokenizer.pad_token is None:
+            self._generate.tokenizer.pad_token = self._generate.tokenizer.eos_token
+        self.name = f"transformers:{model}"
+        self._options = {
+            "batch_size": batch,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "return_full_text": False,
+            "tokenizer_encode_kwargs": {"enable_thinking": False},  # read by Qwen3's template, ignored by others
+        }
 
-    @torch.inference_mode()
     def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        answers: list[str] = []
-        for start in tqdm(range(0, len(pairs), self._batch), desc="reading", mininterval=2):
-            texts = [
-                self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": PROMPT.format(caption=caption, question=question)}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                    enable_thinking=False,  # Qwen3's templates know it, others ignore it
-                )
-                for caption, question in pairs[start : start + self._batch]
-            ]
-            inputs = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-            inputs = inputs.to(self._model.device)
-            out = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
-            said = self._tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers += map(parse_answer, said)
-        return answers
+        outputs = self._generate((_chat(*pair) for pair in pairs), **self._options)
+        outputs = tqdm(outputs, total=len(pairs), desc="reading", mininterval=2)
+        return [parse_answer(output[0]["generated_text"]) for output in outputs]
 
 
 class ServerReader:
-    """A model behind an OpenAI-compatible server (vLLM, llama.cpp, ...); several requests at once.
+    """A model behind an OpenAI-compatible server (vLLM, llama.cpp, ...), by several requests at once.
 
     Args:
-        url: up to and with /v1.
+        url: including /v1.
 
     Raises:
-        CimError: where the server does not answer as it should.
+        CimError: from `answer`, where the server cannot be reached or sends no completion.
     """
 
     def __init__(self, url: str, model: str, at_once: int = 8, key: str = "none", timeout: float = 120):
-        self.name = f"server:{model}"
-        self._url, self._model, self._at_once = url.rstrip("/") + "/chat/completions", model, at_once
-        self._key, self._timeout = key, timeout
+        self.name, self._at_once, self._url = f"server:{model}", at_once, f"{url.rstrip('/')}/chat/completions"
+        self._request = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": timeout}
+        no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+        self._body = {"model": model, "temperature": 0, "max_tokens": 8, **no_thinking}
 
     def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         with ThreadPoolExecutor(self._at_once) as pool:
             return list(tqdm(pool.map(self._ask, pairs), total=len(pairs), desc="reading", mininterval=2))
 
     def _ask(self, pair: tuple[str, str]) -> str:
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": PROMPT.format(caption=pair[0], question=pair[1])}],
-            "temperature": 0,
-            "max_tokens": 8,
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return parse_answer(json.loads(answer.read())["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, TimeoutError, KeyError, IndexError, TypeError, ValueError) as error:
+            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, **self._request)
+            response.raise_for_status()
+            return parse_answer(response.json()["choices"][0]["message"]["content"])
+        except (requests.RequestException, LookupError, AttributeError, TypeError, ValueError) as error:
             raise CimError(f"reader at {self._url}: {error}; is it an OpenAI-compatible server, and up?") from None
 
 
 def load_reader(spec: str) -> Reader:
-    """`transformers:NAME`, `server:URL#MODEL`, or `world` for the small world's own.
+    """`transformers:NAME`, `server:URL#MODEL`, or `world` for the small world's grammar.
 
     Raises:
         CimError: for another form, or where the model cannot be loaded.
     """
+    kind, _, rest = spec.partition(":")
+    url, _, model = rest.partition("#")
     if spec == "world":
         from cim.world.graphs import WorldReader
 
         return WorldReader()
-    kind, _, rest = spec.partition(":")
     if kind == "transformers" and rest:
         return TransformersReader(rest)
-    url, _, model = rest.partition("#")
     if kind == "server" and url and model:
         return ServerReader(url, model)
-    raise CimError(f"reader '{spec}': should be transformers:NAME or server:URL#MODEL")
+    raise CimError(f"reader '{spec}': use transformers:NAME or server:URL#MODEL")
 
 
 def read_all(
     reader: Reader, captions: Mapping[str, str], questions: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, str]]:
-    """One row a question: image, question, expected and given answer. Of an empty caption nothing can be told."""
+    """One row per question: image, question, expected and given answer, which is UNKNOWN for an empty caption."""
     rows = [
-        {"image": image, "question": question, "expected": expected}
+        {"image": image, "question": question, "expected": expected, "given": UNKNOWN}
         for image, asked in questions.items()
         for question, expected in asked.items()
     ]
-    told = [i for i, row in enumerate(rows) if captions[row["image"]].strip()]
-    given = reader.answer([(captions[rows[i]["image"]], rows[i]["question"]) for i in told])
-    for row in rows:
-        row["given"] = UNKNOWN
-    for i, answer in zip(told, given, strict=True):
-        rows[i]["given"] = answer
+    pending = [row for row in rows if captions[row["image"]].strip()]
+    answers = reader.answer([(captions[row["image"]], row["question"]) for row in pending])
+    for row, answer in zip(pending, answers, strict=True):
+        row["given"] = answer
     return rows
 
 
 def question_scores(rows: Sequence[Mapping[str, str]]) -> dict[str, float | int]:
-    """Accuracy as published, and what it hides.
+    """Accuracy as published, and shares that explain it; NaN where no question counts.
 
     Returns:
-        accuracy over all questions, the handful included whose label is neither Yes nor No; balanced, the mean of the
-        accuracies on Yes and on No; yes_rate, the share answered Yes; unknown and other, the shares of n/a and
-        of what is no answer; questions; odd_labels, how many are labelled neither Yes nor No.
+        accuracy, over all questions, including the few labelled neither Yes nor No (odd_labels counts them); balanced,
+        the mean of the accuracies on Yes and on No; yes_rate, unknown and other, shares of answers; questions.
     """
-    expected = np.array([row["expected"].strip().lower() for row in rows])
-    given = np.array([row["given"] for row in rows])
+    table = pd.DataFrame(rows, columns=["expected", "given"])
+    expected, given = table["expected"].str.strip().str.lower(), table["given"]
     right = given == expected
-
-    def share(hit: np.ndarray) -> float:
-        return float(hit.mean()) if len(hit) else float("nan")
-
     return {
-        "accuracy": share(right),
-        "balanced": (share(right[expected == YES]) + share(right[expected == NO])) / 2,
-        "yes_rate": share(given == YES),
-        "unknown": share(given == UNKNOWN),
-        "other": share(given == OTHER),
+        "accuracy": float(right.mean()),
+        "balanced": float(right[expected == YES].mean() + right[expected == NO].mean()) / 2,
+        "yes_rate": float((given == YES).mean()),
+        "unknown": float((given == UNKNOWN).mean()),
+        "other": float((given == OTHER).mean()),
         "questions": len(rows),
-        "odd_labels": int((~np.isin(expected, [YES, NO])).sum()),
+        "odd_labels": int((~expected.isin([YES, NO])).sum()),
     }

@@ -1,0 +1,52 @@
+"""`cim data`, `cim run`, `cim params` and `cim pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cim.pipeline.compose import add_overrides
+
+
+def add_commands(commands) -> None:
+    """Add them to argparse's subparsers; each sets `handle`, which takes the arguments."""
+    from cim.pipeline.stages import STAGES
+
+    data = commands.add_parser("data", help="draw the raw inputs of the small world into data/")
+    data.add_argument("--folder", type=Path, default=Path("data"))
+    run = commands.add_parser("run", help="run one stage of the pipeline on params.yaml")
+    run.add_argument("stage", choices=STAGES)
+    run.add_argument("--run", help="for stage train: METHOD-SEED, as in cim-0")
+    params = commands.add_parser("params", help="print the parameters that conf/ composes")
+    pipeline = commands.add_parser("pipeline", help="run the pipeline with other parameters in a folder of its own")
+    pipeline.add_argument("folder", type=Path, help="a new folder, or one of an earlier run")
+    pipeline.add_argument("stages", nargs="*", help="run these and what they depend on (default: all)")
+    pipeline.add_argument("--publish", type=Path, help="copy the results with their params.yaml and dvc.lock here")
+    for command in (params, pipeline):
+        add_overrides(command)
+    for command, handle in ((data, _data), (run, _run), (params, _params), (pipeline, _pipeline)):
+        command.set_defaults(handle=handle)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from cim.pipeline.workspace import draw_raw_inputs
+
+    print(f"{arguments.folder}: {draw_raw_inputs(arguments.folder)}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from cim.pipeline.stages import run
+
+    run(arguments.stage, arguments.run)
+
+
+def _params(arguments: argparse.Namespace) -> None:
+    from cim.pipeline.compose import compose, dump
+
+    print(dump(compose(arguments.overrides)), end="")
+
+
+def _pipeline(arguments: argparse.Namespace) -> None:
+    from cim.pipeline.workspace import run_pipeline
+
+    run_pipeline(arguments.folder, arguments.overrides, arguments.stages, arguments.publish)

@@ -1,0 +1,40 @@
+"""What a run prints for every step."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+# Columns of Trainer's log, what they are called in print and in results, and how a line shows them.
+COLUMNS = {
+    "reward": ("reward", ".3f"),
+    "score/grc": ("grc", ".3f"),
+    "score/qir": ("qir", ".3f"),
+    "kl": ("kl", ".4f"),
+    "variety/words": ("words", ".1f"),
+    "variety/distinct": ("distinct", ".2f"),
+    "loss": ("loss", ".3f"),
+}
+VALIDATION = {"eval_reward": ("validation reward", ".3f"), "eval_loss": ("validation loss", ".3f")}
+
+
+class StepLog(TrainerCallback):
+    """Prints a line for every step, and warns once where the captions collapse to a few."""
+
+    def __init__(self, warn_distinct: float):
+        self.warn_distinct = warn_distinct
+        self.warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {**COLUMNS, **VALIDATION}
+        values = [f"{name} {logs[key]:{form}}" for key, (name, form) in shown.items() if key in (logs or {})]
+        if not values or not state.is_world_process_zero:
+            return
+        print(f"step {state.global_step}/{state.max_steps}", *values, sep="  ", flush=True)
+        distinct = logs.get("variety/distinct", 1.0)
+        if distinct < self.warn_distinct and not self.warned:
+            self.warned = True
+            print(
+                f"WARNING: only {distinct:.0%} of the captions of this step are distinct: training is collapsing. "
+                "A better base, a denser gallery, a larger kl or beta, or a smaller lr prevents it.",
+                flush=True,
+            )

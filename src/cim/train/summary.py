@@ -1,0 +1,27 @@
+"""A run's log.json as curves and metrics for results/train."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from cim.train.log import COLUMNS
+
+
+def curves(log: pd.DataFrame) -> pd.DataFrame:
+    """The training steps of a log: columns step, reward, grc, qir, kl, words, distinct, loss, of those logged."""
+    names = {key: name for key, (name, _) in COLUMNS.items() if key in log}
+    return log.dropna(subset=["loss"])[["step", *names]].rename(columns=names).reset_index(drop=True)
+
+
+def run_metrics(log: pd.DataFrame, method: str, seed: int) -> dict:
+    """Steps of a run, and means over its first and last ten logged steps."""
+    table = curves(log)
+    metrics = {"method": method, "seed": seed, "steps": int(log["step"].max())}
+    metrics["loss_last_10"] = table["loss"].tail(10).mean()
+    if "reward" in table:
+        rollouts = table.dropna(subset=["reward"])  # further updates on the same captions log no reward
+        for name in ("reward", "grc", "qir", "distinct", "words"):
+            metrics[f"{name}_first_10"] = rollouts[name].head(10).mean()
+            metrics[f"{name}_last_10"] = rollouts[name].tail(10).mean()
+        metrics["kl_last_10"] = rollouts["kl"].tail(10).mean() if "kl" in rollouts else None
+    return metrics

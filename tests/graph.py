@@ -1,0 +1,56 @@
+"""What each stage of dvc.yaml should depend on in src/ and notebooks/, from the imports of its code.
+
+`python tests/graph.py` prints it.
+"""
+
+import json
+from pathlib import Path
+
+from cim import code
+from cim.pipeline.notebooks import NOTEBOOKS
+from cim.pipeline.stages import MODULES
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "cim"
+# The notebook starts these in a process of their own.
+TRAINERS = {"train": "cim.train.grpo", "on_sft": "cim.train.grpo", "sft": "cim.train.sft"}
+
+
+def closure(stage: str) -> set[Path]:
+    """The files whose code a stage runs: its module or notebook, and all that these import."""
+    if stage in MODULES:
+        return set(code.closure(f"cim.pipeline.{stage}").values())
+    notebook = ROOT / "notebooks" / ("train" if stage in TRAINERS else stage)
+    notebook = notebook.with_suffix(".ipynb")
+    cells = json.loads(notebook.read_text())["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    modules = {*code.imported(source), "cim.pipeline.notebooks"}
+    files = {notebook}
+    if stage in TRAINERS:
+        modules.add(TRAINERS[stage])
+        files.add(SOURCE / "train" / "__main__.py")  # it starts either trainer: only the one that runs counts
+    return files | set(code.closure(*modules).values())
+
+
+def stages() -> tuple[str, ...]:
+    return (*MODULES, *NOTEBOOKS, *(name for name in TRAINERS if name not in NOTEBOOKS))
+
+
+def cover(files: set[Path], folder: Path = SOURCE) -> list[str]:
+    """The shortest list of folders and files that holds these files and no other code; templates go with report/."""
+    out = [str(f.relative_to(ROOT)) for f in files if folder == SOURCE and not f.is_relative_to(SOURCE)]
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            inside = {f for f in path.rglob("*.py") if code._code(f).body}
+            if inside and inside <= files:
+                out.append(str(path.relative_to(ROOT)))
+            elif inside & files:
+                out += cover(files, path)
+        elif path in files:
+            out.append(str(path.relative_to(ROOT)))
+    return sorted(out)
+
+
+if __name__ == "__main__":
+    for name in stages():
+        print(f"{name}:", *cover(closure(name)), sep="\n  - ")

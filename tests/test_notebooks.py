@@ -1,0 +1,176 @@
+"""Notebooks run by hand, the widgets of explore.ipynb without a browser, and the site."""
+
+import json
+import os
+import shutil
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+from cim.errors import CimError
+from cim.gallery.density import image_similarities
+from cim.pipeline import site
+from cim.report.explore import Explorer
+from conftest import ROOT
+
+
+def run_by_hand(name, folder, **parameters):
+    """Execute a notebook in notebooks/, as JupyterLab does, with other values in its parameters cell; its outputs."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    cell = next(c for c in notebook.cells if c.metadata.get("tags") == ["parameters"])
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    (folder / "notebooks").mkdir(exist_ok=True)
+    encrypted = Config(KernelManager={"transport_encryption": "auto"})
+    client = NotebookClient(notebook, resources={"metadata": {"path": folder / "notebooks"}}, config=encrypted)
+    client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def texts(outputs):
+    return "\n".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+@pytest.mark.slow
+def test_the_training_notebook_trains_with_its_own_parameters(workspace):
+    """Not with those of params.yaml, which has 4 steps."""
+    params = yaml.safe_load((workspace / "params.yaml").read_text())
+    train = params["train"] | {"steps": 3}
+    outputs = run_by_hand("train", workspace, train=train, encoders=params["encoders"])
+    metrics = json.loads((workspace / "results/train/cim-0.json").read_text())
+    assert metrics["steps"] == 3
+    curve = pd.read_csv(workspace / "results/train/cim-0.csv")
+    assert curve["step"].tolist() == [1, 2, 3]
+    assert curve["grc"].iloc[:10].mean() == pytest.approx(metrics["grc_first_10"], abs=1e-4)
+    said = texts(outputs)
+    assert "step 3/3" in said
+    assert f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words." in said
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2  # curves, and captions with their images
+
+
+def test_density_tells_a_dense_gallery_from_a_sparse_one(gallery):
+    nearest, random = image_similarities(gallery, np.random.default_rng(0), images=20, others=7)
+    vectors = gallery.image_vectors(np.arange(len(gallery)))
+    similarity = vectors @ vectors.T
+    np.fill_diagonal(similarity, -1)
+    # Each is the similarity of some image to its nearest one; the sampled images differ.
+    assert np.isclose(nearest[:, None], similarity.max(axis=1), atol=1e-5).any(axis=1).all()
+    assert nearest.shape == (20,)
+    assert random.shape == (140,)
+    assert nearest.mean() > random.mean()
+
+
+@pytest.fixture(scope="module")
+def explorer(world, gallery, tmp_path_factory):
+    captions = tmp_path_factory.mktemp("captions")
+    ids = world.split("test").frame["image_id"]
+    for run, caption in (("base-0", "a red dog"), ("cim-0", "a small red dog is left of a cat")):
+        (captions / f"{run}.json").write_text(json.dumps(dict.fromkeys(ids[:-1], caption)))
+    return Explorer(str(gallery.folder), world.name, "test", str(captions))
+
+
+def widgets_of(panel):
+    """The panel's widgets by name."""
+    (image, other), (k, beta), origins, captions = (row.children for row in panel.children[:-1])
+    return image, other, k, beta, origins, captions, panel.children[-1]
+
+
+def test_two_captions_of_an_image_are_compared(explorer):
+    name = explorer.sources.index[0]
+    assert list(explorer.captions(name)) == ["reference", "base-0", "cim-0"]
+    table = explorer.compare(name, [explorer.captions(name)["reference"], " "], k=4, beta=0.5)
+    assert table["cim"].tolist() == pytest.approx((table["grc"] + 0.5 * table["qir"]).tolist())
+    assert [len(retrieved) for retrieved in table["retrieved"]] == [4, 0]
+    rows = explorer.gallery.rows_of([item["image_id"] for item in table["retrieved"][0]])
+    assert rows[:3].tolist() == explorer.scorer.retrieve([table["caption"][0]])[0].tolist()
+
+
+def test_moving_a_slider_or_typing_a_caption_changes_the_scores(explorer):
+    image, other, k, beta, origins, captions, shown = widgets_of(explorer.panel("base-0", "cim-0"))
+    assert [origin.label for origin in origins] == ["base-0", "cim-0"]
+    assert [caption.value for caption in captions] == ["a red dog", "a small red dog is left of a cat"]
+    assert shown.value.count("<figure") == 6
+    pages = {shown.value}
+    for widget, value in (
+        (k, 5), (beta, 2.0), (captions[1], "a boat & a cat"), (image, explorer.sources.index[1]), (captions[0], ""),
+    ):  # fmt: skip
+        widget.value = value
+        assert shown.value not in pages
+        pages.add(shown.value)
+    origins[0].label = "reference"
+    assert captions[0].value == explorer.sources["caption"].iloc[1]
+    image.value = explorer.sources.index[-1]  # the runs have no captions of it
+    assert origins[1].label == "reference"
+    other.value = "no such <image>"
+    assert "no such &lt;image&gt;: image not found" in shown.value
+
+
+def test_any_gallery_and_any_image_file_can_be_explored(explorer, world, gallery):
+    alone = Explorer(str(gallery.folder))
+    image, other, *_, captions, shown = widgets_of(alone.panel())
+    row = gallery.rows.iloc[0]
+    assert (image.value, captions[0].value) == (row["image_id"], row["caption"])
+    assert f"1. {row['caption']}<" not in shown.value  # the image itself is excluded
+    other.value = str(world.split("test").image_paths[0])
+    assert captions[0].value == ""
+    captions[0].value = "a red dog"
+    assert shown.value.count("<figure") == 3
+    with pytest.raises(CimError, match="no gallery"):
+        Explorer("nowhere")
+    with pytest.raises(CimError, match="manifest not found"):
+        Explorer(str(gallery.folder), "nowhere.parquet")
+
+
+def test_the_explore_notebook_runs_without_a_browser(workspace):
+    outputs = run_by_hand("explore", workspace)
+    assert any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs)
+
+
+@pytest.fixture
+def reports(tmp_path, monkeypatch):
+    """Two executed notebooks of a pipeline, one with a progress bar, and a figure."""
+    monkeypatch.chdir(tmp_path)
+    bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "a progress bar"}
+    code = nbformat.v4.new_code_cell(
+        "print(1)",
+        outputs=[nbformat.v4.new_output("display_data", bar), nbformat.v4.new_output("stream", text="one\n")],
+    )
+    (tmp_path / "reports").mkdir()
+    for name in ("results", "train-cim-0", "train-old-1"):
+        title = nbformat.v4.new_markdown_cell(f"# Title of {name}\nWhat it **asks**.\n\nMore.")
+        nbformat.write(nbformat.v4.new_notebook(cells=[title, code]), tmp_path / "reports" / f"{name}.ipynb")
+    (tmp_path / "results/correlation").mkdir(parents=True)
+    shutil.copy(ROOT / "results/correlation/levels.png", tmp_path / "results/correlation")
+    return {"runs": {"grpo": ["cim-0"], "sft": ["sft-0"], "on_sft": []}, "results": {"profile": "tiny"}}
+
+
+def test_the_site_shows_the_executed_notebooks_in_order(reports, tmp_path):
+    site.run(reports)
+    files = {str(p.relative_to(tmp_path / "site")): p.read_bytes() for p in tmp_path.glob("site/**/*.*")}
+    assert set(files) == {"index.html", "results.html", "train-cim-0.html", "correlation/levels.png"}
+    index = files["index.html"].decode()
+    assert index.index("Title of train-cim-0 (cim-0)") < index.index("Title of results")
+    assert "What it <strong>asks</strong>." in index
+    assert "More." not in index
+    assert "explore.ipynb" in index
+    page = files["results.html"].decode()
+    assert "one" in page
+    assert "a progress bar" not in page
+    assert "<script" not in page
+    assert "<details>" in page
+    site.run(reports)
+    assert all((tmp_path / "site" / name).read_bytes() == content for name, content in files.items())
+
+
+def test_the_site_replaces_nothing_else(reports, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "thesis.tex").touch()
+    with pytest.raises(CimError, match="not a site"):
+        site.run(reports)
+    shutil.rmtree(tmp_path / "reports")
+    with pytest.raises(CimError, match="run 'make repro' first"):
+        site.run(reports)
