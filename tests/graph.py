@@ -37,7 +37,7 @@ def stages() -> tuple[str, ...]:
 
 
 def cover(files: set[Path], folder: Path = SOURCE) -> list[str]:
-    """The shortest list of folders and files that holds these files and no other code; templates go with report/."""
+    """The shortest list of folders and files that holds these files and no other code."""
     out = [str(f.relative_to(ROOT)) for f in files if folder == SOURCE and not f.is_relative_to(SOURCE)]
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -48,6 +48,8 @@ def cover(files: set[Path], folder: Path = SOURCE) -> list[str]:
                 out += cover(files, path)
         elif path in files:
             out.append(str(path.relative_to(ROOT)))
+    if SOURCE / "report" / "pages.py" in files and folder == SOURCE / "report":
+        out.append(str((folder / "templates").relative_to(ROOT)))
     return sorted(out)
 
 

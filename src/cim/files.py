@@ -1,7 +1,5 @@
 """Writing files safely: all or nothing, never over something that is not ours, full disks reported in one line."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

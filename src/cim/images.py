@@ -1,8 +1,8 @@
-"""Opening images, and finding them by name."""
+"""Opening images, wherever they are stored, and finding them by name."""
 
-from __future__ import annotations
-
+import io
 import os
+import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +31,24 @@ def open_image(source: Path | str | BinaryIO, name: str = "") -> Image.Image:
         raise CimError(f"{name or source}: image not found; restore the file or correct the manifest") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CimError(f"{name or source}: unreadable image ({error}); replace or remove it") from None
+
+
+def open_stored(image: str) -> Image.Image:
+    """Open an image by its path in a gallery: a file, or FILE!MEMBER within a tar file.
+
+    Raises:
+        CimError: where it cannot be read, or is within a Parquet file, which gives no access to single images.
+    """
+    archive, inside, member = image.partition("!")
+    if not inside:
+        return open_image(image)
+    if not archive.endswith(".tar"):
+        raise CimError(f"{image}: images within Parquet files cannot be opened one by one")
+    try:
+        with tarfile.open(archive) as tar:
+            return open_image(io.BytesIO(tar.extractfile(member).read()), name=image)
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise CimError(f"{image}: cannot be read ({error})") from None
 
 
 class ImageFolder:

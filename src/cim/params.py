@@ -1,7 +1,5 @@
 """Groups of params.yaml as typed settings: a wrong name, type or value is one clear error before any work starts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 

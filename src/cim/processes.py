@@ -1,7 +1,5 @@
 """The processes and devices of a run, however it was started: alone, by accelerate or by torchrun."""
 
-from __future__ import annotations
-
 import torch
 from accelerate import PartialState
 

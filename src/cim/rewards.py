@@ -3,8 +3,6 @@
 All embeddings are L2-normalised along their last axis; n captions, k retrieved images, d dimensions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Training runs by name, METHOD-SEED as in cim-0, and labels of methods; imports no heavy library."""
 
-from __future__ import annotations
-
 from cim.errors import CimError
 
 REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")

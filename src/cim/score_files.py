@@ -1,14 +1,12 @@
 """Score files of user captions in batches; if interrupted, the same call resumes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.errors import CimError
 from cim.files import replacing, write_text

@@ -1,7 +1,5 @@
 """From captions to rewards: one pass of encoding, search and gathering for a whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path

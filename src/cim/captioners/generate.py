@@ -1,13 +1,11 @@
 """Greedy captions by any image-text-to-text model, and how diverse captions are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.captioners.models import ModelSettings, prompt_inputs
 from cim.data.manifest import Manifest

@@ -3,12 +3,10 @@
 Nothing depends on a model's name: its processor, its chat template and these settings describe it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -48,7 +46,7 @@ class ModelSettings(Settings):
     max_prompt: PositiveInt | None = None
     trust_remote_code: bool = False
 
-    def at(self, folder: Path | str) -> ModelSettings:
+    def at(self, folder: Path | str) -> Self:
         """The same for weights in a folder, as training leaves them."""
         return self.model_copy(update={"name": str(folder), "revision": None})
 

@@ -1,7 +1,5 @@
 """The command line, `cim`: the pipeline's stages, galleries, scores and evaluation of user captions."""
 
-from __future__ import annotations
-
 import argparse
 
 from cim.cli import download, evaluate, gallery, judge, pipeline, score, train

@@ -1,7 +1,5 @@
 """`cim download`: published data into a folder; prints licences and sizes, then asks."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`cim evaluate`: user captions on COCO-LN500, DOCCI500 or another benchmark in their layout."""
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 from pathlib import Path

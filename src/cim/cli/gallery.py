@@ -1,7 +1,5 @@
 """`cim gallery build | add | index | info | search`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`cim judge`: agreement of the rewards with human judgements of captions."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

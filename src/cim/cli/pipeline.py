@@ -1,7 +1,5 @@
 """`cim data`, `cim run`, `cim params` and `cim pipeline`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

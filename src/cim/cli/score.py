@@ -1,7 +1,5 @@
 """`cim score`: GRC, QIR and CIM of user captions."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

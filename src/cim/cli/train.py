@@ -1,7 +1,5 @@
 """`cim train`: one training run, or what it would take."""
 
-from __future__ import annotations
-
 import argparse
 
 from cim.errors import CimError

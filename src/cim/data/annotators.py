@@ -1,7 +1,5 @@
 """Captions as annotators would write them, for supervised fine-tuning."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from cim.data.manifest import Manifest

@@ -1,10 +1,8 @@
 """Stage `dataset`: any source of images and captions becomes one manifest."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import pandas as pd
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -39,7 +37,7 @@ class DatasetSettings(Settings):
     gallery_variants: PositiveInt = 4
 
     @model_validator(mode="after")
-    def _check(self) -> DatasetSettings:
+    def _check(self) -> Self:
         require(self.source in SOURCES, f"source '{self.source}' is unknown; choose one of {', '.join(SOURCES)}")
         require(self.min_objects <= self.max_objects, "min_objects cannot be more than max_objects")
         return self

@@ -4,8 +4,6 @@ Downloads show progress, resume if interrupted, and are checked against their pu
 collected in a hidden subfolder and moved to their place at the end, never over a file that exists.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import tarfile
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import requests
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.errors import CimError
 

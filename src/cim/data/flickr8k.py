@@ -1,7 +1,5 @@
 """Flickr8k's layout: Images/ and captions.txt with the header "image,caption", several lines an image."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

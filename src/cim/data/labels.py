@@ -1,7 +1,5 @@
 """Labels of benchmarks, and user captions of their images: invalid entries are reported, the rest is scored."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

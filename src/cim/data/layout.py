@@ -1,7 +1,5 @@
 """What the readers of published layouts share: finding files, and joining rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

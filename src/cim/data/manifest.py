@@ -1,12 +1,11 @@
 """The manifest: one Parquet table of images and captions, whatever they come from."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
 import pyarrow as pa
@@ -30,14 +29,14 @@ class Manifest:
     image_root: Path
     name: str = "manifest"
 
-    def split(self, *names: str) -> Manifest:
+    def split(self, *names: str) -> Self:
         """The rows of these splits, in the manifest's order."""
         have = set(self.frame["split"])
         if missing := [name for name in names if name not in have]:
             raise CimError(f"{self.name}: no split '{missing[0]}'; it has {', '.join(sorted(have))}")
         return self.take(self.frame["split"].isin(names).to_numpy().nonzero()[0])
 
-    def take(self, rows) -> Manifest:
+    def take(self, rows) -> Self:
         """The rows at these positions."""
         return Manifest(self.frame.iloc[rows].reset_index(drop=True), self.image_root, self.name)
 

@@ -1,7 +1,5 @@
 """Oxford-IIIT Pet in its published layout: images/, annotations/list.txt."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

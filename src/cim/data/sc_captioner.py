@@ -1,7 +1,5 @@
 """SC-Captioner's data: RefinedCaps to train on, COCO-LN500 and DOCCI500 to test on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Captions of known quality, and how scores follow it: the paper's motivation study."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Captions of every method against the truth: CAPTURE, and where scenes are known every fact counted."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

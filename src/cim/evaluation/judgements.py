@@ -8,8 +8,6 @@ Images are found by file name anywhere in the folder. As is customary, Kendall's
 captions that were written for the same image are left out of Flickr8k-Expert.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.errors import CimError
 from cim.evaluation.statistics import Estimate, kendall, ratio, resample_weights

@@ -4,10 +4,8 @@ In correlations `score`, `quality` and `judged` are (n,) values per caption and 
 caption; a resample draws images with all their captions. A cell is {"value", "interval"}, as metrics files hold it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -22,7 +20,7 @@ class Estimate(NamedTuple):
     value: float
     samples: np.ndarray
 
-    def __sub__(self, other: Estimate) -> Estimate:
+    def __sub__(self, other: Self) -> Self:
         return Estimate(self.value - other.value, self.samples - other.samples)
 
     def cell(self) -> dict:

@@ -6,8 +6,6 @@ several machines too where they share the folder. At the end one process joins t
 puts the gallery in its place.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """How dense a gallery is: whether an image has similar images in it that a caption can tell apart."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from cim.gallery.store import Gallery

@@ -4,8 +4,6 @@ The vectors lie in one float16 array on disk, memory-mapped and shared by all pr
 ranks come from float32 cosines with them. Kinds are `exact` and the strings that `faiss.index_factory` takes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -17,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.errors import CimError
 from cim.files import replacing

@@ -8,8 +8,6 @@
 A folder stands for its files of these kinds. Paths are relative to `image_root`, or to the folder of the file.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -115,24 +113,6 @@ def source_files(sources: Iterable[Path]) -> list[Path]:
     return files
 
 
-def open_stored(image: str) -> Image.Image:
-    """Open an image by its path in a gallery: a file, or FILE!MEMBER within a tar file.
-
-    Raises:
-        CimError: where it cannot be read, or is within a Parquet file, which gives no access to single images.
-    """
-    archive, inside, member = image.partition("!")
-    if not inside:
-        return open_image(image)
-    if not archive.endswith(".tar"):
-        raise CimError(f"{image}: images within Parquet files cannot be opened one by one")
-    try:
-        with tarfile.open(archive) as tar:
-            return open_image(io.BytesIO(tar.extractfile(member).read()), name=image)
-    except (OSError, KeyError, tarfile.TarError) as error:
-        raise CimError(f"{image}: cannot be read ({error})") from None
-
-
 Parts = Iterator[tuple[str, Callable[[], Iterable[Record]]]]  # of one file: what to add to its name, and the reader
 
 
@@ -175,13 +155,10 @@ def _jsonl(path: Path, root: Path, rows: int) -> Parts:
 def _parse(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise CimError(f"{where}: not JSON ({error})") from None
-    if isinstance(row, dict) and "image_path" in row:  # as in DenseFusion-1M
-        row.setdefault("image", row["image_path"])
-    if not isinstance(row, dict) or "image" not in row or "caption" not in row:
-        raise CimError(f'{where}: should be {{"image": path, "caption": text}}')
-    return row
+        image = row["image"] if "image" in row else row["image_path"]  # as in DenseFusion-1M
+        return {"image_id": row.get("image_id"), "image": image, "caption": row["caption"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CimError(f'{where}: should be JSON, {{"image": path, "caption": text}} ({error!r})') from None
 
 
 def _tar(path: Path, root: Path, rows: int) -> Parts:

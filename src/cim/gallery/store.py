@@ -8,8 +8,6 @@ gallery.json   encoders, counts, the kind of index, and a fingerprint of each fi
 skipped.jsonl  rows that were left out, with the reason
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -163,24 +161,22 @@ def load_gallery(
             raise CimError(f"{path}: missing; rebuild the gallery")
         if fingerprint(path, whole=verify) != marks["whole" if verify else "quick"]:
             raise CimError(f"{path}: not the file that gallery.json describes; rebuild the gallery")
-    for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
+    arrays = []
+    for name, file, encoder in (("text_encoder", TEXTS, text_encoder), ("image_encoder", IMAGES, image_encoder)):
         built = info[name]
         if encoder is not None and (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
             raise CimError(
                 f"{folder}: built with {name} '{built['spec']}' ({built['dim']}-d, {built['digest']}), not with "
                 f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
             )
-    texts, images = (np.load(folder / name, mmap_mode="r") for name in (TEXTS, IMAGES))
-    table = read_rows(folder / ROWS)
-    for name, values, width in ((TEXTS, texts, "text_encoder"), (IMAGES, images, "image_encoder"), (ROWS, table, None)):
-        expected = (info["rows"], info[width]["dim"] if width else len(SCHEMA))
-        if values.shape != expected:
-            raise CimError(f"{folder / name}: has shape {values.shape}, not {expected}; rebuild the gallery")
+        arrays.append(np.load(folder / file, mmap_mode="r"))
+        if (shape := arrays[-1].shape) != (info["rows"], built["dim"]):
+            raise CimError(f"{folder / file}: has shape {shape}, not that of gallery.json; rebuild the gallery")
     index = info["index"]
     device = text_encoder.device if text_encoder is not None else "cpu"
     path = folder / index.get("file", "")
-    search = open_search(index["kind"], texts, path, index["effort"], index["candidates"], device)
-    return Gallery(folder, info, table, texts, images, search)
+    search = open_search(index["kind"], arrays[0], path, index["effort"], index["candidates"], device)
+    return Gallery(folder, info, read_rows(folder / ROWS), *arrays, search)
 
 
 def read_info(folder: Path) -> dict:

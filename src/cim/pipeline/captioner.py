@@ -1,7 +1,5 @@
 """Stage `captioner`: the base model that CIM improves."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from cim.data.manifest import read_manifest

@@ -1,7 +1,5 @@
 """Stage `captions`: greedy captions of the test images by the base model and by every run."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

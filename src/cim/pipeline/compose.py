@@ -1,7 +1,5 @@
 """Composing the parameters of a profile from conf/."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

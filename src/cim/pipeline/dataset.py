@@ -1,7 +1,5 @@
 """Stage `dataset`: one manifest of images and captions."""
 
-from __future__ import annotations
-
 from cim.data.dataset import DatasetSettings, make_dataset
 from cim.params import group
 from cim.pipeline.paths import ARTIFACTS

@@ -1,7 +1,5 @@
 """Stage `encoder`: the small world's own OpenCLIP image encoder."""
 
-from __future__ import annotations
-
 from cim.data.manifest import read_manifest
 from cim.files import write_metrics
 from cim.params import group

@@ -1,7 +1,5 @@
 """What a stage leaves where the profile trains nothing in it."""
 
-from __future__ import annotations
-
 import json
 
 from cim.files import write_metrics, write_text

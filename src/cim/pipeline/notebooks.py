@@ -1,7 +1,5 @@
 """Running a stage's notebook with Papermill."""
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -37,6 +35,7 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     # Without this a backend that the terminal's environment names would leave the report without its figures.
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
@@ -49,7 +48,9 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
-            # Progress goes to the terminal as it comes, not only into the report.
+            # Encrypted, since other users of a machine can listen to a kernel's sockets.
+            config=Config(KernelManager={"transport_encryption": "auto"}),
+            # Progress also goes to the terminal, as it comes.
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )

@@ -1,7 +1,5 @@
 """Stage `site`: the executed notebooks as web pages that open from the disk and load nothing from the network."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The stages of dvc.yaml by name: a module with a function `run`, or a notebook."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from cim.errors import CimError

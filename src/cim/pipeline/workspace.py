@@ -5,8 +5,6 @@ and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of an
 default workspace is left alone.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -94,4 +92,6 @@ def _check(command: list[str], folder: Path) -> None:
     # dvc.yaml calls `cim`, which lies beside this interpreter whether or not its environment is activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, check=False).returncode != 0:
-        raise CimError(f"{folder}: '{' '.join(command[2:])}' failed; fix what it reports above and rerun the same command")
+        raise CimError(
+            f"{folder}: '{' '.join(command[2:])}' failed; fix what it reports above and rerun the same command"
+        )

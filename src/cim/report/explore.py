@@ -1,7 +1,5 @@
 """Trying captions of one image: what they retrieve and how they score, with the widgets of notebooks/explore.ipynb."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ import pandas as pd
 from cim.data.manifest import read_manifest
 from cim.errors import CimError
 from cim.files import read_json
-from cim.gallery.shards import open_stored
+from cim.images import open_stored
 from cim.report.pages import render, thumbnail
 from cim.scorer import RewardSettings, Scorer, load_scorer
 

@@ -1,7 +1,5 @@
 """The figures of the notebooks: each function takes tables and returns a matplotlib figure."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from cim.images import open_stored
 from cim.report.tables import TITLES
 from cim.runs import LABELS
 
@@ -187,8 +186,6 @@ def length_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
 
 def images_figure(rows: Sequence[tuple[Path, str]], columns: int = 4, width: int = 42) -> Figure:
     """Images with text below each, wrapped at `width` characters."""
-    from cim.gallery.shards import open_stored  # not needed where only results are read, and heavy
-
     figure, axes = _panels(len(rows), columns, 3.1, 3.6)
     for ax, (path, text) in zip(axes, rows, strict=True):
         ax.imshow(open_stored(str(path)))

@@ -1,7 +1,5 @@
 """What the results say: claims checked against them, and text whose numbers come from the metrics files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

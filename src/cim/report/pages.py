@@ -1,7 +1,5 @@
 """HTML pages from the templates in this folder; images are embedded, so a page can be moved or sent by itself."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections.abc import Mapping
 from io import BytesIO
@@ -12,6 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from cim.errors import CimError
 from cim.files import write_text
+from cim.images import open_stored
 
 
 def render(template: str, **values) -> str:
@@ -28,8 +27,6 @@ def thumbnail(image: str, side: int = 160) -> str:
     Raises:
         CimError: where the image cannot be read.
     """
-    from cim.gallery.shards import open_stored  # not needed where only results are read, and heavy
-
     picture = open_stored(image)
     picture.thumbnail((side, side))
     buffer = BytesIO()

@@ -1,7 +1,5 @@
 """Tables from the files of stage evaluate: `facts` is what metrics.json holds, `capture` a split of capture.json."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

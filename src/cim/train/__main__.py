@@ -9,8 +9,6 @@ fine-tuned model), sft (on captions as annotators write them) or sft_perfect (on
 If interrupted, rerun the same command: it resumes from the last checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From images and captions to the batches of transformers' and TRL's trainers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The model card of a trained run, written beside its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

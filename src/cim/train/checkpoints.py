@@ -1,7 +1,5 @@
 """Checkpoints of a run, in a folder named by a digest of its inputs, and restoring weights from them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,14 +1,12 @@
 """What GRPO and SFT share: reading and checking a run's inputs, the trainer's arguments, training and saving."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from datasets import Dataset, Image, List
@@ -65,7 +63,7 @@ class Job:
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         self.checkpoints = artifacts / "checkpoints" / run
 
-    def load(self) -> Job:
+    def load(self) -> Self:
         """Seed everything, load the base model and check the length of prompts."""
         set_seed(self.seed)
         self.model, self.processor = load_model(self.model_settings, device=torch.device("cpu"))

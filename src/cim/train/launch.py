@@ -1,7 +1,5 @@
 """Starting a run with accelerate, on all devices of this machine or as a configuration file says."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections import deque

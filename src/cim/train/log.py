@@ -1,7 +1,5 @@
 """What a run prints for every step."""
 
-from __future__ import annotations
-
 from transformers import TrainerCallback
 
 # Columns of Trainer's log, what they are called in print and in results, and how a line shows them.

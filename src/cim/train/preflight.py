@@ -3,8 +3,6 @@
 Sizes are counted on the model's skeleton, which holds no weights. The estimates are rough: they warn and stop nothing.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import namedtuple

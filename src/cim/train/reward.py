@@ -1,7 +1,5 @@
 """The rewards as TRL calls them, and the samples that they leave."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """The `train`, `sft` and `compute` groups of parameters."""
 
-from __future__ import annotations
-
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -16,7 +14,7 @@ class Length(Settings):
     epochs: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _check_length(self) -> Length:
+    def _check_length(self) -> Self:
         require((self.steps is None) != (self.epochs is None), "give either steps or epochs")
         return self
 
@@ -98,6 +96,6 @@ class ComputeSettings(Settings):
     warn_distinct: Share = 0.2
 
     @model_validator(mode="after")
-    def _check_server(self) -> ComputeSettings:
+    def _check_server(self) -> Self:
         require(self.vllm != "server" or self.vllm_url is not None, "vllm=server needs vllm_url")
         return self

@@ -1,7 +1,5 @@
 """Supervised fine-tuning of the base model on captions of the images that the reinforcement learning sees."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

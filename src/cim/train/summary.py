@@ -1,7 +1,5 @@
 """A run's log.json as curves and metrics for results/train."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from cim.train.log import COLUMNS

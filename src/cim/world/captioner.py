@@ -5,10 +5,9 @@ loaded like any hub model. It first learns to state every fact, then a lazy styl
 real captioners too know more than they say, and a reward can only bring out what is known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import open_clip
@@ -65,7 +64,7 @@ class CaptionerSettings(Settings):
     lazy: Detail
 
     @model_validator(mode="after")
-    def _check(self) -> CaptionerSettings:
+    def _check(self) -> Self:
         require(self.hidden_size % self.heads == 0, "hidden_size must be a multiple of heads")
         return self
 

@@ -1,13 +1,11 @@
 """The small world's images: scenes drawn, captioned in full and, in the test split, asked about."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.world.graphs import extended_lists
 from cim.world.language import ask, describe

@@ -5,8 +5,6 @@ first trained to recognize the objects of a scene, and then locked: contrastive 
 cached features.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +20,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.files import write_text
 from cim.images import open_image

@@ -1,7 +1,5 @@
 """Scene graphs of the small world's captions, and answers from them, both exact and deterministic."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from cim.world.reader import answer, read_caption

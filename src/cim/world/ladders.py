@@ -1,7 +1,5 @@
 """Captions of known quality for scenes: of rising detail, and of rising accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

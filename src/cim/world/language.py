@@ -1,7 +1,5 @@
 """English for scenes: captions of any detail, captions with errors, and yes/no questions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

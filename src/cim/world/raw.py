@@ -1,7 +1,5 @@
 """`cim data`: the raw inputs of the tiny profile, rendered from the OpenMoji package and checked against data.dvc."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from importlib.metadata import version

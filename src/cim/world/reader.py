@@ -3,8 +3,6 @@
 It reads whatever a model writes: unknown words are skipped, and nothing is guessed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Drawing scenes from the rendered OpenMoji art."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 

@@ -1,11 +1,9 @@
 """Scene graphs: what is in an image of the small world, and how sets of scenes are drawn."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from numpy.random import Generator
 from pydantic import TypeAdapter
@@ -45,7 +43,7 @@ class Scene:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> Scene:
+    def from_json(text: str) -> Self:
         return _SCENE.validate_json(text)
 
 

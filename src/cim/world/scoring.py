@@ -1,7 +1,5 @@
 """Caption quality against the ground truth: precision, recall and F1 of stated facts, and questions answered."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

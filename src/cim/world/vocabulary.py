@@ -1,7 +1,5 @@
 """The words of the small world, and the OpenMoji art behind its nouns."""
 
-from __future__ import annotations
-
 # family -> {object name: OpenMoji code point}. The order is part of the data: it fixes label indices.
 FAMILIES: dict[str, dict[str, str]] = {
     "bird": {"owl": "1F989", "eagle": "1F985", "duck": "1F986", "penguin": "1F427",

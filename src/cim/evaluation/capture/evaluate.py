@@ -1,7 +1,5 @@
 """Captions on a benchmark: every score with its interval, and methods compared image by image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product

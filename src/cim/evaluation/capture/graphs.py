@@ -1,9 +1,8 @@
 """A caption's scene graph."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class SceneGraph:
     relations: tuple[tuple[str, str, str], ...] = ()
 
     @staticmethod
-    def of(value: Mapping) -> SceneGraph:
+    def of(value: Mapping) -> Self:
         """From JSON: {"objects": [...], "attributes": {object: [...]}, "relations": [[subject, relation, object]]}."""
         attributes = {name: tuple(words) for name, words in value["attributes"].items()}
         return SceneGraph(tuple(value["objects"]), attributes, tuple(map(tuple, value["relations"])))

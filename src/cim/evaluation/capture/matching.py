@@ -11,12 +11,11 @@ strict  Every phrase matches at most one: the one-to-one assignment of highest t
 An item is a phrase, or a relation as a tuple of three phrases.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -67,7 +66,7 @@ class Similarity:
         self.add(phrases)
 
     @staticmethod
-    def of_samples(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None) -> Similarity:
+    def of_samples(samples: Sequence[Sample], encode: Encode, wordnet: WordNet | None) -> Self:
         """Embed all that scoring these samples compares, in two calls.
 
         Of the long lists of extra attributes, the second call takes only those of the objects that are compared.

@@ -3,8 +3,6 @@
 Both lemmatise with WordNet, as the public code does, so that "birds" and "bird" are one object.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -15,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim import code
 from cim.data.labels import sentences_of

@@ -1,7 +1,5 @@
 """Yes/no questions answered from a caption alone: by a local language model, by one behind a server, and a control."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +7,7 @@ from typing import Protocol
 
 import pandas as pd
 import requests
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from cim.captioners.models import why_not_loaded
 from cim.errors import CimError

@@ -1,7 +1,5 @@
 """Synonyms, base forms and frequencies of words from WordNet, in NLTK's data or in a folder."""
 
-from __future__ import annotations
-
 import io
 import os
 import warnings
