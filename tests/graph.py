@@ -1,6 +1,6 @@
 """What each stage of dvc.yaml should depend on in src/ and notebooks/, from the imports of its code.
 
-`python tests/graph.py` prints it.
+`python tests/graph.py` prints it, and the table of docs/code.md.
 """
 
 import json
@@ -53,6 +53,22 @@ def cover(files: set[Path], folder: Path = SOURCE) -> list[str]:
     return sorted(out)
 
 
+def reruns() -> str:
+    """The table of docs/code.md: the modules of the package by the stages that a change of their code reruns."""
+    closures = {stage: closure(stage) for stage in stages()}
+    groups: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        names = [stage for stage in closures if path in closures[stage]]
+        text = "all" if len(names) == len(closures) else ", ".join(names) or "none (command line only)"
+        if code._code(path).body:
+            groups.setdefault(text, []).append(str(path.relative_to(SOURCE).with_suffix("")))
+    rows = [
+        f"| {', '.join(modules)} | {text} |" for text, modules in sorted(groups.items(), key=lambda item: item[1][0])
+    ]
+    return "\n".join(["| modules of src/cim | stages that run them |", "| --- | --- |", *rows])
+
+
 if __name__ == "__main__":
     for name in stages():
         print(f"{name}:", *cover(closure(name)), sep="\n  - ")
+    print(reruns())

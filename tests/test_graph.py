@@ -45,6 +45,10 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_no_other(stage):
     assert named == graph.cover(graph.closure(stage)), "python tests/graph.py prints what dvc.yaml should name"
 
 
+def test_the_documentation_lists_what_a_change_reruns():
+    assert graph.reruns() in (ROOT / "docs" / "code.md").read_text(), "python tests/graph.py prints the table"
+
+
 def test_fine_tuning_depends_on_what_it_reads_of_the_train_group():
     named = {p.removeprefix("train.") for p in STAGES["sft"]["params"] if p.startswith("train.")}
     assert named == set(SHARED)
@@ -55,7 +59,9 @@ def repository(tmp_path_factory):
     """The pipeline with all its stages up to date, made by the stub."""
     folder = tmp_path_factory.mktemp("graph")
     for name in ("src", "notebooks", "conf", "results/study", "results/photos"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_*"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_*")
+        )
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -82,7 +88,11 @@ def marked(folder) -> set[str]:
         return {name.split("@")[0].split(":")[-1] for name in repo.status()}
 
 
-ROOMS = {path.relative_to(graph.SOURCE).parts[0]: path for path in sorted(graph.SOURCE.rglob("*.py")) if graph.code._code(path).body}
+ROOMS = {
+    path.relative_to(graph.SOURCE).parts[0]: path
+    for path in sorted(graph.SOURCE.rglob("*.py"))
+    if graph.code._code(path).body
+}
 FILES = [*ROOMS.values(), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 

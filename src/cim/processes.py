@@ -5,7 +5,7 @@ from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """This process and its peers; on a CPU accelerate looks for peers only when told that it is one."""
+    """This process and its peers; on a CPU accelerate looks for peers only when it knows that it is one of several."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -11,9 +11,10 @@ from cim.errors import CimError
 
 
 def read(folder: Path, images: str | None) -> tuple[pd.DataFrame, Path]:
-    """All photos of `images`, or of FOLDER/Images, as split gallery; listed photos that are missing are counted and left out.
+    """All photos of `images`, or of FOLDER/Images, as split gallery.
 
     The first caption of a photo is its gallery caption; the others are its `queries` for the correlation study.
+    Listed photos that are missing are counted and left out.
 
     Raises:
         CimError: if captions.txt is missing or has another layout, or none of its photos is there.
