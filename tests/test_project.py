@@ -109,7 +109,8 @@ def test_profiles_differ_in_parameters_only(profile):
     other = compose([f"profile={profile}", "dataset.folder=x"], ROOT / "conf")
     assert set(other) == set(tiny)
     for key in tiny:
-        if isinstance(tiny[key], dict):
+        # A group is null where a stage trains nothing.
+        if isinstance(tiny[key], dict) and not (other[key] is None and key in ("encoder", "captioner")):
             assert set(other[key]) == set(tiny[key]), key
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import standins
 from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
+from cim.data.labels import labels_of
 from cim.data.manifest import read_manifest
 from cim.errors import CimError
 from cim.evaluation import facts as evaluation
@@ -24,6 +25,7 @@ from cim.params import group
 from cim.pipeline import captions, stages
 from cim.pipeline.compose import compose
 from cim.pipeline.workspace import prepare
+from cim.scorer import load_scorer
 from cim.train import grpo, launch, sft
 from cim.train.checkpoints import restore
 from cim.train.preflight import plan
@@ -196,11 +198,14 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(
     captions.run(params)
     manifest = read_manifest(artifacts / "dataset" / "manifest.parquet")
     settings = group(evaluation.EvaluateSettings, params["evaluate"], "evaluate")
+    scorer = load_scorer(artifacts / "gallery")
     for split in settings.splits:
         written = evaluation.read_captions(Path("results/captions", split))
         assert set(written) == {"base", "sft", "cim", "cim_on_sft"}
-        judged = evaluation.capture(settings, manifest.split(split), split, written, artifacts / "gallery")
-        assert judged.metrics["images"] == len(manifest.split(split))
+        part = manifest.split(split)
+        scorer.add_sources(part)
+        judged = evaluation.capture(settings, written, labels_of(part, split), scorer.retrieval_scores)
+        assert judged.metrics["images"] == len(part)
         assert {"capture", "grc", "qir", "cim"} <= set(judged.metrics["methods"]["cim_on_sft"]["strict"])
 
 

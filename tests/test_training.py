@@ -170,17 +170,24 @@ def test_two_processes_give_the_rewards_and_advantages_of_one(workspace):
 @pytest.mark.slow
 def test_killed_at_five_random_moments_it_ends_as_if_unbroken(workspace):
     groups = {"train": {"steps": 8, "save_every": 1, "validation": 2, "max_completion": 12, "images_per_step": 2}}
-    out = train("cim-3", **groups)
-    whole = Path("whole")
-    out.rename(whole)
-    # Processes that start with everything imported: only the training is repeated.
+    change(**groups)
+    out, whole = ARTIFACTS / "train" / "cim-3", Path("whole")
+    # Processes that start with everything imported: only the training is repeated, each time as a user starts it.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["trl", "peft", "open_clip", "cim.train.grpo"])
+
+    def start():
+        process = server.Process(target=grpo.train, args=("cim-3", read_params(), ARTIFACTS))
+        process.start()
+        return process
+
+    unbroken = start()
+    unbroken.join()
+    out.rename(whole)
     chance = random.Random(0)
     for kill in range(5):
         before = set(checkpoints("cim-3"))
-        process = server.Process(target=grpo.train, args=("cim-3", read_params(), ARTIFACTS))
-        process.start()
+        process = start()
         # Once this try has begun to write a checkpoint, at any moment of the next two steps.
         deadline = time.time() + 60
         while time.time() < deadline and process.is_alive() and not set(checkpoints("cim-3")) - before:
@@ -189,7 +196,7 @@ def test_killed_at_five_random_moments_it_ends_as_if_unbroken(workspace):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    train("cim-3")
+    start().join()
 
     def values(folder, key):
         rows = json.loads((folder / "log.json").read_text())

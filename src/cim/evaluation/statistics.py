@@ -71,9 +71,10 @@ def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def with_interval(cell: Mapping, scale: float = 100, digits: int = 1, undefined: str = "n/a") -> str:
     """A cell as "value [low, high]", by default a share in percent."""
-    if pd.isna(cell["value"]) or pd.isna(cell["interval"][0]):
+    numbers = cell["value"], *cell["interval"]
+    if any(map(pd.isna, numbers)):
         return undefined
-    value, low, high = (f"{scale * number:.{digits}f}" for number in (cell["value"], *cell["interval"]))
+    value, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
 
 

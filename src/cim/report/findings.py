@@ -29,11 +29,6 @@ FIGURES = {
 COMMANDS = {"": "make repro", "study": "make study", "photos": "make photos DATA=folder"}
 
 
-def stage_folder(results: Path, stage: str) -> Path:
-    """The folder of a stage's results; those of a correlation study alone may lie in the folder itself."""
-    return results if stage == "correlation" and (results / "levels.csv").is_file() else results / stage
-
-
 def best_evaluation(results: Path, profile: str) -> Path:
     """The folder of the evaluation with most seeds: the study's in its own profile, else the pipeline's."""
     study = results / "study" / "evaluate"
@@ -146,7 +141,7 @@ def readme(results: Path, profile: str) -> str:
     figures: dict[str, list] = {command: [] for command in COMMANDS.values()}
     for (name, command), (key, caption) in ((c, f) for c in COMMANDS.items() for f in FIGURES.items()):
         stage, stem = key.split("/")
-        paths = sorted(stage_folder(results / name, stage).glob(f"{stem}.png"))
+        paths = sorted((results / name / stage).glob(f"{stem}.png"))
         figures[command] += [(path.relative_to(results), caption, stage) for path in paths]
     checked = pd.DataFrame(claims(correlation, facts, capture)).set_index("claim")
     return render(
