@@ -18,7 +18,7 @@ from cim.gallery.search import (
 )
 
 KINDS = (
-    "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "OPQ8_16,IVF16,PQ8", "IVF16,PQ8x4fs,RFlat",
+    "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "PCAR16,IVF16,PQ8", "IVF16,PQ8x4fs,RFlat",
     "IVF64_HNSW8,SQ8", "PCA24,Flat",
 )  # fmt: skip
 

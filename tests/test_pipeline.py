@@ -85,7 +85,7 @@ def test_results_are_complete_and_finite(smoke):
     assert set(judged["methods"]) == {"base", "cim", "cim_on_sft", "sft"}
     assert {"correlations", "relations", "comparisons", "questions"} <= set(judged)
     claims = json.loads((smoke / "results/report/claims.json").read_text())["claims"]
-    assert all({"claim", "measured", "held"} <= set(c) for c in claims)
+    assert all({"claim", "measured", "holds"} <= set(c) for c in claims)
     curve = pd.read_csv(smoke / "results/train/cim-0.csv")
     assert curve["step"].tolist() == list(range(1, 7))
     assert curve[["reward", "grc", "qir", "words"]].notna().all(axis=None)
@@ -153,7 +153,7 @@ def test_the_results_page_opens_on_results_alone(smoke, tmp_path):
 def test_prose_retrains_nothing(smoke):
     """A word of the notebook and of a docstring: the stage runs again, keeps its weights, and nothing else follows."""
     weights = {path: path.stat().st_mtime_ns for path in (smoke / "artifacts/train").rglob("model.safetensors")}
-    changed = [smoke / "notebooks/train.ipynb", smoke / "src/cim/train/adapters.py"]
+    changed = [smoke / "notebooks/train.ipynb", smoke / "src/cim/train/batches.py"]
     before = [path.read_text() for path in changed]
     try:
         changed[0].write_text(before[0].replace("# Training", "# Training, in other words"))
