@@ -24,7 +24,7 @@ WORKERS ?= 2
 .PHONY: repro test test-fast lab site photos study smoke benchmarks wordnet chromium lint data clean
 
 SETUP := $(VENV)/.installed
-TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile
+TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Modules are compiled when they are first imported; compiling all of them would double the time.
 $(SETUP): requirements.lock pyproject.toml
@@ -68,11 +68,13 @@ benchmarks: $(SETUP)
 	@test -d artifacts/gallery || { echo "error: benchmarks/grpo.py needs the pipeline's artifacts: run 'make repro'"; exit 2; }
 	python benchmarks/grpo.py
 
+WORDNET := apt-get download -q wordnet-base wordnet-sense-index
+
 wordnet: .wordnet/usr/share/wordnet/index.sense
 
 .wordnet/usr/share/wordnet/index.sense:
 	mkdir -p .wordnet
-	cd .wordnet && apt-get download -q wordnet-base wordnet-sense-index && for file in *.deb; do dpkg-deb -x "$$file" .; done
+	cd .wordnet && { $(WORDNET) || { apt-get update -q && $(WORDNET); }; } && for file in *.deb; do dpkg-deb -x "$$file" .; done
 
 chromium:
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -qy chromium chromium-driver; }

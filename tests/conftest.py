@@ -17,6 +17,11 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 PROMPT = "describe the image."
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that the other worker has something to do meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
