@@ -31,6 +31,53 @@ def test_equal_to_the_authors_vectors(reference, k):
     np.testing.assert_allclose(rewards.cim(grc, qir), v["cim"], atol=1e-5)
 
 
+def slow_rewards(text, image, query, source, k):
+    """The published definition on plain lists, one caption and one gallery row at a time: ranks, GRC, QIR."""
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    def unit_of(a):
+        return [x / dot(a, a) ** 0.5 for x in a]
+
+    texts, images = [unit_of(row) for row in text.tolist()], [unit_of(row) for row in image.tolist()]
+    out = []
+    for caption, own in zip(query.tolist(), source.tolist(), strict=True):
+        rows = sorted(range(len(texts)), key=lambda row: -dot(texts[row], caption))[:k]
+        mean = [sum(images[row][d] for row in rows) / k for d in range(len(images[0]))]
+        grc = dot(mean, mean) ** 0.5
+        qir = sum(0.5**rank * dot(images[own], images[row]) for rank, row in enumerate(rows))
+        out.append((rows, grc, qir, grc + qir))
+    return map(list, zip(*out, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_scores_against_a_gallery_equal_a_slow_implementation(tmp_path, k):
+    """Search, gathering and rewards together, on clustered vectors that are not normalised; no reference data needed."""
+    import pyarrow as pa
+
+    from cim.gallery.search import ExactSearch
+    from cim.gallery.store import Gallery
+
+    rng = np.random.default_rng(k)
+    centres = rng.normal(size=(12, 24))
+    rows, asked = rng.integers(0, 12, 120), rng.integers(0, 120, 25)
+    text = (centres[rows] + 0.4 * rng.normal(size=(120, 24))).astype(np.float16)
+    image = (rng.normal(size=(24, 16)).T @ centres[rows].T).T + 0.4 * rng.normal(size=(120, 16))
+    query = normalised(text[asked].astype(np.float64) + 0.3 * rng.normal(size=(25, 24)))
+    ranks, grc, qir, cim = slow_rewards(text.astype(np.float64), image, query, asked, k)
+    table = pa.table({"image_id": [str(i) for i in range(120)]})
+    gallery = Gallery(tmp_path, {}, table, text, normalised(image).astype(np.float16), ExactSearch(text))
+    found = gallery.search(query.astype(np.float32), k)
+    assert found.tolist() == ranks
+    retrieved, source = gallery.image_vectors(found), gallery.image_vectors(asked)
+    ours = rewards.gallery_representation_consistency(retrieved)
+    relevance = rewards.query_gallery_image_relevance(source, retrieved, rewards.rank_weights(k))
+    np.testing.assert_allclose(ours, grc, atol=2e-3)  # float16 images
+    np.testing.assert_allclose(relevance, qir, atol=2e-3)
+    np.testing.assert_allclose(rewards.cim(ours, relevance), cim, atol=4e-3)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_index_finds_what_the_authors_find(reference, tmp_path, k):
     import pyarrow as pa
