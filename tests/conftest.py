@@ -17,8 +17,19 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 PROMPT = "describe the image."
 
 
+TRAINING = {
+    "captioner_folder",
+    "standin",
+    "trained",
+    "workspace",
+}  # fixtures of tests that train, or run what was trained
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that the other worker has something to do meanwhile."""
+    """Mark what trains; the longest file first, so that the other worker has something to do meanwhile."""
+    for item in items:
+        if TRAINING & set(item.fixturenames):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name != "test_pipeline.py")
 
 
