@@ -94,7 +94,7 @@ def test_batch_norm_is_held(captioner_folder):
     assert not any(m.training for m in norms)
 
 
-@pytest.mark.parametrize("run", ["cim", "best-0", "cim-x", "-1"])
+@pytest.mark.parametrize("run", ["cim", "be.st-0", "cim-x", "-1"])
 def test_runs_are_named_method_and_seed(run):
     with pytest.raises(CimError, match="METHOD-SEED"):
         parse_run(run)

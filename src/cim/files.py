@@ -1,6 +1,7 @@
 """Writing files safely: all or nothing, never over something that is not ours, full disks reported in one line."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -55,6 +56,11 @@ def _rounded(value):
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def short_digest(value: Any) -> str:
+    """Short SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_foreign(folder: Path, mark: str, what: str) -> None:

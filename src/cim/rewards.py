@@ -41,9 +41,9 @@ def query_gallery_image_relevance(source: np.ndarray, retrieved: np.ndarray, wei
     return np.einsum("nd,nkd,k->n", source, retrieved, weights)
 
 
-def cim(grc: np.ndarray, qir: np.ndarray, beta: float = 1.0) -> np.ndarray:
-    """The CIM reward Y(v, c) = GRC(c) + beta * QIR(v, c)."""
-    return grc + beta * qir
+def cim(grc: np.ndarray, qir: np.ndarray, beta: float = 1.0, grc_weight: float = 1.0) -> np.ndarray:
+    """The CIM reward Y(v, c) = GRC(c) + beta * QIR(v, c); a weight of GRC other than 1 is ours."""
+    return grc_weight * grc + beta * qir
 
 
 def clipscore(text: np.ndarray, source: np.ndarray, w: float = 2.5) -> np.ndarray:

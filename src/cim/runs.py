@@ -1,5 +1,7 @@
 """Training runs by name, METHOD-SEED as in cim-0, and labels of methods; imports no heavy library."""
 
+from typing import Any
+
 from cim.errors import CimError
 
 REWARDS = ("cim", "grc", "qir", "self_retrieval", "clipscore")
@@ -24,17 +26,30 @@ LABELS = {
 
 
 def parse_run(run: str) -> tuple[str, int]:
-    """ "cim-0" to ("cim", 0); CimError where it is not METHOD-SEED or the method is unknown."""
+    """ "cim-0" to ("cim", 0); CimError where it is not METHOD-SEED."""
     method, _, seed = run.rpartition("-")
-    known = (*REWARDS, *SFT_METHODS, ON_SFT)
-    if not seed.isdigit() or method not in known:
-        raise CimError(f"run '{run}' should be METHOD-SEED with a method of {', '.join(known)}")
+    if not seed.isdigit() or not method.replace("_", "").isalnum():
+        raise CimError(f"run '{run}' should be METHOD-SEED, as in cim-0")
     return method, int(seed)
 
 
-def reward_of(method: str) -> str:
-    """The reward that a GRPO method optimises."""
-    return "cim" if method == ON_SFT else method
+def with_variant(params: dict[str, Any], method: str) -> tuple[dict[str, Any], str]:
+    """The parameters of a run of this method, and the reward or SFT method that it trains with.
+
+    The `variants` group names methods of its own: CIM with other values in groups `reward` and `train`.
+
+    Raises:
+        CimError: for an unknown method, or a variant that changes another group or has a known method's name.
+    """
+    variants, known = params.get("variants") or {}, (*REWARDS, *SFT_METHODS, ON_SFT)
+    if bad := [name for name, groups in variants.items() if name in known or not set(groups) <= {"reward", "train"}]:
+        raise CimError(f"parameters: variants.{bad[0]} needs a name of its own, and can change groups reward and train")
+    if method in variants:
+        changed = {name: params[name] | values for name, values in variants[method].items()}
+        return params | changed, "cim"
+    if method not in known:
+        raise CimError(f"method '{method}' is unknown; choose one of {', '.join((*known, *variants))}")
+    return params, "cim" if method == ON_SFT else method
 
 
 def all_runs(runs: dict[str, list]) -> list[str]:

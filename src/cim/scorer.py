@@ -13,18 +13,30 @@ from cim import rewards
 from cim.data.manifest import Manifest
 from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from cim.errors import CimError
+from cim.gallery.search import blocks
 from cim.gallery.store import Gallery, load_gallery, read_info
 from cim.images import open_image
-from cim.params import Settings
+from cim.params import Settings, Share
+
+GATHERED = 16_384  # retrieved embeddings in memory at once
 
 
 class RewardSettings(Settings):
-    """The `reward` group: K images are retrieved; CIM = GRC + beta * QIR; lambda(r) = decay^(r-1)."""
+    """The `reward` group: K images are retrieved; CIM = grc_weight * GRC + beta * QIR; lambda(r) = decay^(r-1).
+
+    Attributes:
+        exclude_source: a caption may not retrieve its own source image.
+        center: image embeddings without the gallery's mean.
+        whiten: 0 to 1; their principal components divided by this power of their standard deviations, centred too.
+    """
 
     k: PositiveInt = 3
     beta: NonNegativeFloat = 1.0
     decay: float = Field(0.5, gt=0, le=1)
+    grc_weight: NonNegativeFloat = 1.0
     exclude_source: bool = True
+    center: bool = False
+    whiten: Share = 0.0
 
 
 class Scorer:
@@ -90,10 +102,26 @@ class Scorer:
             texts = [c for c, keep in zip(captions, filled, strict=True) if keep]
             ids = [i for i, keep in zip(image_ids, filled, strict=True) if keep]
             rows[filled] = self.retrieve(texts, ids)
-            retrieved = self.gallery.image_vectors(rows[filled])
-            grc[filled] = rewards.gallery_representation_consistency(retrieved)
-            qir[filled] = rewards.query_gallery_image_relevance(self.source_vectors(ids), retrieved, self.weights)
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": rewards.cim(grc, qir, self.settings.beta)}), rows
+            grc[filled], qir[filled] = self._compare(rows[filled], self.source_vectors(ids))
+        cim = rewards.cim(grc, qir, self.settings.beta, self.settings.grc_weight)
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim}), rows
+
+    def _compare(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) GRC and (n,) QIR of (n, k) retrieved rows, for (n, d) source embeddings."""
+        # Captions of one image retrieve much the same rows: each is read and transformed once.
+        distinct, place = np.unique(rows, return_inverse=True)
+        images, source = self._transformed(self.gallery.image_vectors(distinct)), self._transformed(source)
+        scores = []
+        for part in blocks(len(rows), max(1, GATHERED // self.settings.k)):
+            retrieved = images[place.reshape(rows.shape)[part]]
+            grc = rewards.gallery_representation_consistency(retrieved)
+            scores.append((grc, rewards.query_gallery_image_relevance(source[part], retrieved, self.weights)))
+        grc, qir = map(np.concatenate, zip(*scores, strict=True))
+        return grc, qir
+
+    def _transformed(self, vectors: np.ndarray) -> np.ndarray:
+        s = self.settings
+        return self.gallery.transform.apply(vectors, s.center, s.whiten) if s.center or s.whiten else vectors
 
     def score(self, images: Sequence[Path | str], captions: Sequence[str]) -> pd.DataFrame:
         """GRC, QIR and CIM of captions of image files, which need not be in the gallery.

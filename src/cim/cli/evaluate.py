@@ -4,6 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from cim.cli.reward import add_reward_options, reward_settings
 from cim.errors import CimError
 from cim.files import clear_disk_errors, refuse_foreign, write_metrics
 
@@ -21,6 +22,7 @@ def add_commands(commands) -> None:
     option("--reader", type=str, help="transformers:NAME or server:URL#MODEL answers the questions")
     option("--gallery", help="also GRC, QIR and CIM, and how they follow the other scores")
     option("--images", help="folder of the benchmark's images, which --gallery needs")
+    add_reward_options(command)
     option(
         "--out", default=Path("evaluation"), help="folder to write: new, or a former evaluation (default: evaluation)"
     )
@@ -102,7 +104,7 @@ def _retrieval(arguments: argparse.Namespace, labels):
 
     if arguments.images is None:
         raise CimError("--gallery needs --images, the folder of the benchmark's images")
-    scorer = load_scorer(arguments.gallery)
+    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
     paths = ImageFolder(arguments.images).paths(list(labels.references))
     scorer.add_images({i: partial(open_image, path) for i, path in zip(labels.references, paths, strict=True)})
     return scorer.retrieval_scores

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from cim.cli.reward import add_reward_options, reward_settings
+
 
 def add_commands(commands) -> None:
     """Add it to argparse's subparsers; it sets `handle`, which takes the arguments."""
@@ -10,6 +12,7 @@ def add_commands(commands) -> None:
     command.add_argument("--benchmark", required=True, help="flickr8k-expert, composite or pascal50s")
     command.add_argument("--data", type=Path, required=True, help="folder of the benchmark's own files and images")
     command.add_argument("--gallery", type=Path, required=True)
+    add_reward_options(command)
     command.add_argument("--out", type=Path, default=Path("judgements.json"))
     command.add_argument("--resamples", type=int, default=1000)
     command.add_argument("--seed", type=int, default=0)
@@ -24,7 +27,8 @@ def _judge(arguments: argparse.Namespace) -> None:
 
     judgements = load_judgements(arguments.benchmark, arguments.data)
     print(f"{arguments.benchmark}: {judgements.summary}", flush=True)
-    metrics = agreement_with_people(judgements, load_scorer(arguments.gallery), arguments.seed, arguments.resamples)
+    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
+    metrics = agreement_with_people(judgements, scorer, arguments.seed, arguments.resamples)
     for score, cells in metrics["scores"].items():
         print(f"{score}: " + ", ".join(f"{name} {with_interval(cell)}" for name, cell in cells.items()))
     write_metrics(arguments.out, metrics)

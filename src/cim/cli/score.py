@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from cim.cli.reward import add_reward_options, reward_settings
 from cim.errors import CimError
 
 
@@ -14,24 +15,19 @@ def add_commands(commands) -> None:
     score.add_argument("--image-root", type=Path, help="what image paths are relative to (default: their file)")
     score.add_argument("--out", type=Path, default=Path("scores.jsonl"), help=".jsonl or .parquet")
     score.add_argument("--html", type=Path, help="also write a page with thumbnails of what was retrieved")
-    score.add_argument("-k", type=int, default=3)
-    score.add_argument("--beta", type=float, default=1.0)
-    score.add_argument("--decay", type=float, default=0.5)
-    score.add_argument("--include-source", action="store_true", help="let a caption retrieve its own image")
+    add_reward_options(score)
     score.set_defaults(handle=_score)
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from cim.params import group
     from cim.report.pages import score_page
     from cim.score_files import check_outputs, score_files, summary
-    from cim.scorer import RewardSettings, load_scorer
+    from cim.scorer import load_scorer
 
     out, html = arguments.out, arguments.html
     check_outputs(arguments.sources, arguments.gallery, out, html)
-    values = {name: getattr(arguments, name) for name in ("k", "beta", "decay")}
-    settings = group(RewardSettings, {**values, "exclude_source": not arguments.include_source}, "reward")
-    frame = score_files(load_scorer(arguments.gallery, settings), arguments.sources, out, arguments.image_root)
+    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
+    frame = score_files(scorer, arguments.sources, out, arguments.image_root)
     print(f"{summary(frame)}\n\nwritten: {out}")
     if html:
         score_page(frame, html)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cim.errors import CimError
-from cim.files import replacing
+from cim.files import replacing, short_digest
 
 REQUIRED = ("image_id", "image", "caption", "split")
 # `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none). Other columns, all JSON or
@@ -50,6 +50,11 @@ class Manifest:
     @property
     def captions(self) -> list[str]:
         return self.frame["caption"].tolist()
+
+    @property
+    def digest(self) -> str:
+        """Short SHA-256 of the image_ids and of the images' own digests."""
+        return short_digest(self.frame[["image_id", "digest"]].to_numpy().tolist())
 
     @property
     def scenes_known(self) -> bool:

@@ -24,10 +24,11 @@ from cim.files import clear_disk_errors, read_json, refuse_foreign, write_json
 from cim.gallery import store
 from cim.gallery.search import build_index, choose_kind, new_index
 from cim.gallery.shards import Shard
+from cim.gallery.transform import ImageTransform
 from cim.processes import processes
 
 PLAN = "plan.json"
-FILES = (store.TEXTS, store.IMAGES, store.ROWS, store.INFO, store.SKIPPED, *store.INDEXES)
+FILES = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM, store.INFO, store.SKIPPED, *store.INDEXES)
 
 
 def build_gallery(
@@ -235,7 +236,10 @@ class _Build:
         _write_lines(aside / store.SKIPPED, skipped)
         vectors = np.load(aside / store.TEXTS, mmap_mode="r")
         index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
-        names = [store.TEXTS, store.IMAGES, store.ROWS, *([index["file"]] if "file" in index else [])]
+        transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="r"))
+        transform.write(aside / store.TRANSFORM)
+        fixed = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM)
+        names = [*fixed, *([index["file"]] if "file" in index else [])]
         files = {name: store.described(aside / name) for name in names}
         info = {"rows": total, "skipped": len(skipped), **self.info, "index": index, "files": files}
         write_json(aside / store.INFO, info)

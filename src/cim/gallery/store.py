@@ -3,6 +3,7 @@
 texts.npy      (N, d) float16 caption embeddings, memory-mapped
 images.npy     (N, d) float16 image embeddings, memory-mapped
 rows.arrow     image_id, image and caption of each row, memory-mapped
+transform.npz  mean and principal components of the image embeddings (cim.gallery.transform)
 index.faiss    the index, unless the search is exact; a rebuilt index is index-2.faiss, then index.faiss again
 gallery.json   encoders, counts, the kind of index, and a fingerprint of each file
 skipped.jsonl  rows that were left out, with the reason
@@ -23,9 +24,11 @@ from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
 from cim.files import read_json
 from cim.gallery.search import ExactSearch, FaissSearch, blocks, gather, open_search
+from cim.gallery.transform import ImageTransform
 from cim.params import Names, Settings, Share
 
-TEXTS, IMAGES, ROWS, INFO, SKIPPED = "texts.npy", "images.npy", "rows.arrow", "gallery.json", "skipped.jsonl"
+TEXTS, IMAGES, ROWS, TRANSFORM = "texts.npy", "images.npy", "rows.arrow", "transform.npz"
+INFO, SKIPPED = "gallery.json", "skipped.jsonl"
 INDEXES = ("index.faiss", "index-2.faiss")
 SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.string()), ("caption", pa.string())])
 
@@ -113,6 +116,13 @@ class Gallery:
             raise CimError(f"{self.folder}: k is {k}, but the gallery has {rows}; lower k or enlarge the gallery")
         found = self.index.search(queries, k + spare)
         return found if exclude is None else drop_excluded(found, exclude)
+
+    @cached_property
+    def transform(self) -> ImageTransform:
+        """Centring and whitening fitted on the gallery's images."""
+        if TRANSFORM not in self.info["files"]:
+            raise CimError(f"{self.folder}: has no {TRANSFORM}, which older galleries lack; rebuild the gallery")
+        return ImageTransform.read(self.folder / TRANSFORM)
 
     def image_vectors(self, rows: np.ndarray) -> np.ndarray:
         """(*rows.shape, d) float32 image embeddings of these rows, L2-normalised."""

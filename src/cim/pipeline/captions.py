@@ -1,14 +1,14 @@
 """Stage `captions`: greedy captions of the test images by the base model and by every run."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from pydantic import PositiveInt
 
+from cim import code
 from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, load_model
-from cim.data.manifest import Manifest, read_manifest
+from cim.data.manifest import read_manifest
 from cim.encoders import weights_digest
 from cim.files import read_json, write_json
 from cim.params import Names, Settings, group
@@ -34,20 +34,21 @@ def run(params: dict) -> None:
 def caption_runs(model: ModelSettings, settings: CaptionSettings, runs: list[str], trained: Path, out: Path) -> None:
     """Write OUT/SPLIT/RUN.json, {image_id: caption}, for the base model and every run.
 
-    Files that were made of the same weights, images and settings are kept, so that a kill or one new run costs only
-    what is missing; files of other runs are removed.
+    Files that were made of the same weights, images, settings and code are kept, so that a kill or one new run costs
+    only what is missing; files of other runs are removed.
     """
     manifest = read_manifest(MANIFEST)
     parts = {split: manifest.split(split) for split in settings.splits}
     sources = {BASE: model, **{run: model.at(trained / run) for run in runs}}
     mark = out / "made_of.json"
     made = read_json(mark) if mark.is_file() else {}
+    given = {"captions": settings.model_dump(), "code": code.digest("cim.captioners.generate")}
     for run, source in sources.items():
         loaded, processor = load_model(source)
-        made_of = {"weights": weights_digest(loaded), "model": source.model_dump(), "captions": settings.model_dump()}
+        made_of = given | {"weights": weights_digest(loaded), "model": source.model_dump()}
         for split, part in parts.items():
             path = out / split / f"{run}.json"
-            of = made_of | {"images": _images_digest(part)}
+            of = made_of | {"images": part.digest}
             if path.is_file() and made.get(f"{split}/{run}") == of:
                 print(f"{split}, {run}: kept", flush=True)
                 continue
@@ -59,8 +60,3 @@ def caption_runs(model: ModelSettings, settings: CaptionSettings, runs: list[str
     for path in out.glob("*/*.json"):
         if path.stem not in sources or path.parent.name not in parts:
             path.unlink()
-
-
-def _images_digest(manifest: Manifest) -> str:
-    listing = zip(manifest.frame["image_id"], manifest.frame["digest"], strict=True)
-    return hashlib.sha256(repr(list(listing)).encode()).hexdigest()[:16]

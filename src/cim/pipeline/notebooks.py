@@ -10,7 +10,7 @@ from cim.pipeline.paths import REPORTS
 NOTEBOOKS = {
     "gallery": ("encoders",),
     "correlation": ("encoders", "model"),
-    "train": ("compute", "encoders", "model", "reward", "sft"),
+    "train": ("compute", "encoders", "model", "reward", "sft", "variants"),
     "evaluate": (),
     "results": (),
 }

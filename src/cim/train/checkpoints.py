@@ -1,10 +1,7 @@
 """Checkpoints of a run, in a folder named by a digest of its inputs, and restoring weights from them."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -14,11 +11,6 @@ from cim.errors import CimError
 from cim.processes import processes
 
 COMPLETE = "complete"  # the last file of a checkpoint; one that was cut short does not have it
-
-
-def short_digest(value: Any) -> str:
-    """Short SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -4,17 +4,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cim import code
 from cim.data.manifest import Manifest
 from cim.encoders import EncoderSettings, load_encoders
 from cim.gallery.store import load_gallery, read_info
 from cim.params import group
 from cim.processes import processes
-from cim.runs import reward_of
 from cim.scorer import RewardSettings, Scorer
 from cim.train.batches import grpo_batches
 from cim.train.job import SAMPLES, Job
-from cim.train.reward import SampleLog, trl_reward
+from cim.train.reward import Guarded, SampleLog, trl_reward
 from cim.train.settings import ComputeSettings
 
 
@@ -28,8 +29,8 @@ def train(run: str, params: dict, artifacts: Path) -> None:
         lambda folder: make_trainer(job, load_scorer(job, artifacts), folder),
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
-        reward=group(RewardSettings, params.get("reward"), "reward").model_dump(),
-        precision=group(EncoderSettings, params.get("encoders"), "encoders").text_precision,
+        reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
+        precision=group(EncoderSettings, job.params.get("encoders"), "encoders").text_precision,
         gallery={name: marks["whole"] for name, marks in read_info(artifacts / "gallery")["files"].items()},
     )
 
@@ -61,9 +62,11 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         max_completion_length=settings.max_completion,
         temperature=settings.temperature,
         learning_rate=settings.lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=settings.schedule,
         warmup_steps=min(settings.warmup_steps, batches.updates),
         beta=settings.kl,
+        scale_rewards=settings.scale_rewards,
+        mask_truncated_completions=settings.truncated == "mask",
         # TRL loads the reference model of the KL term itself, by name.
         model_init_kwargs={"revision": model.revision} if model.revision else None,
         **vllm_options(job.compute),
@@ -73,7 +76,11 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         prompts = [[{"role": "user", "content": model.prompt}]] * len(images)
         return {"prompt": prompts, "image_id": images.frame["image_id"].tolist()}
 
-    reward = SampleLog(trl_reward(scorer, reward_of(job.method)), folder / SAMPLES, set(job.images.frame["image_id"]))
+    reward = trl_reward(scorer, job.objective)
+    if settings.repetition or settings.truncated == "lowest":
+        ends = job.model.generation_config.eos_token_id, job.processor.tokenizer.eos_token_id
+        reward = Guarded(reward, settings, set(np.hstack([end for end in ends if end is not None])))
+    reward = SampleLog(reward, folder / SAMPLES, set(job.images.frame["image_id"]))
     return job.trainer(GRPOTrainer, folder, batches, columns, "eval_reward", config, reward_funcs=reward)
 
 

@@ -17,13 +17,12 @@ from cim.captioners.models import VISION, ModelSettings, fit, load_model, longes
 from cim.data.manifest import Manifest, read_manifest
 from cim.encoders import weights_digest
 from cim.errors import CimError
-from cim.files import read_json, write_json
+from cim.files import read_json, short_digest, write_json
 from cim.params import group
-from cim.runs import ON_SFT, parse_run
+from cim.runs import ON_SFT, parse_run, with_variant
 from cim.train import checkpoints
 from cim.train.batches import Batches
 from cim.train.card import write_card
-from cim.train.checkpoints import short_digest
 from cim.train.log import StepLog
 from cim.train.settings import ComputeSettings, TrainSettings
 
@@ -44,8 +43,10 @@ class Job:
     """
 
     def __init__(self, run: str, params: dict, artifacts: Path, distributed: str | None = None):
-        self.run, self.params, self.artifacts = run, params, artifacts
+        self.run, self.artifacts = run, artifacts
         self.method, self.seed = parse_run(run)
+        params, self.objective = with_variant(params, self.method)
+        self.params = params
         self.settings = group(TrainSettings, params.get("train"), "train")
         self.compute = group(ComputeSettings, params.get("compute"), "compute")
         self.model_settings = group(ModelSettings, params.get("model"), "model")
@@ -118,10 +119,9 @@ class Job:
         """
         if not len(self.validation):  # then it does not matter when checkpoints are written
             train = {name: value for name, value in train.items() if name != "save_every"}
-        listings = [part.frame[["image_id", "digest"]].to_numpy().tolist() for part in (self.images, self.validation)]
         model = self.model_settings.model_dump(include={"prompt", "dtype", "processor", "max_pixels"})
         inputs |= {"run": self.run, "weights": weights_digest(self.model), "model": model, "train": train}
-        inputs["images"] = [short_digest(listing) for listing in listings]
+        inputs["images"] = [part.digest for part in (self.images, self.validation)]
         digest = short_digest(inputs)
         if (self.out / INPUTS).is_file() and read_json(self.out / INPUTS)["digest"] == digest:
             print(f"kept: {self.out} was trained from the same inputs ({digest})", flush=True)

@@ -1,13 +1,17 @@
 """The rewards as TRL calls them, and the samples that they leave."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 from cim.captioners.generate import diversity
 from cim.errors import CimError
 from cim.files import write_text
 from cim.runs import REWARDS
 from cim.scorer import Scorer
+from cim.train.settings import TrainSettings
 
 
 def trl_reward(scorer: Scorer, name: str):
@@ -32,6 +36,34 @@ def trl_reward(scorer: Scorer, name: str):
 
     reward.__name__ = name
     return reward
+
+
+class Guarded:
+    """Wraps a reward against captions that please it without saying more: cut off, or repeating themselves.
+
+    The settings are `truncated` and `repetition` of the `train` group. A guarded caption that was cut off gets the
+    lowest reward of the batch.
+    """
+
+    def __init__(self, reward, settings: TrainSettings, end_tokens: set[int]):
+        self.reward, self.settings, self.end_tokens = reward, settings, end_tokens
+        self.__name__ = reward.__name__
+
+    def __call__(self, completions, completion_ids, **columns) -> list[float]:
+        values = np.array(self.reward(completions=completions, completion_ids=completion_ids, **columns))
+        repeated = np.array([repetition(completion_text(completion)) for completion in completions])
+        values = values - self.settings.repetition * repeated
+        if self.settings.truncated == "lowest":
+            cut = np.array([not ids or ids[-1] not in self.end_tokens for ids in completion_ids])
+            values = np.where(cut, values.min(), values)
+        return values.tolist()
+
+
+def repetition(caption: str) -> float:
+    """The share of a caption's pairs of successive words that occurred before in it."""
+    words = caption.lower().split()
+    pairs = list(pairwise(words))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 class SampleLog:

@@ -52,6 +52,10 @@ class TrainSettings(Length, SharedSettings):
         images_per_step: images of one optimizer update (verl's ppo_mini_batch_size).
         updates_per_rollout: updates on one rollout's captions; images_per_step times it is verl's train_batch_size.
         kl: weight of the KL term, in its low-variance estimator (TRL's own).
+        schedule: of the learning rate after warm-up, by transformers' name.
+        scale_rewards: advantages divided by the standard deviation of the group, of the batch, or not at all (none).
+        truncated: a caption cut off at max_completion: keep its reward, mask it from the loss, or give it the lowest.
+        repetition: subtracted from the reward, times the share of a caption's word pairs that occurred before in it.
     """
 
     images_per_step: PositiveInt
@@ -62,6 +66,10 @@ class TrainSettings(Length, SharedSettings):
     max_completion: PositiveInt
     updates_per_rollout: PositiveInt = 1
     warmup_steps: NonNegativeInt = 5
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    truncated: Literal["keep", "mask", "lowest"] = "keep"
+    repetition: NonNegativeFloat = 0.0
 
 
 class SftSettings(Length):
@@ -81,6 +89,7 @@ class ComputeSettings(Settings):
         per_device, sft_per_device: captions in one forward and backward pass of a device; None for all of an update.
         vllm: where captions are sampled: off (transformers), colocate (the same GPUs) or server.
         vllm_memory: share of a GPU's memory for vLLM with colocate.
+        cache_vision: a frozen vision tower computes each image once (cim.captioners.vision_cache).
         log_to: transformers' integrations, such as tensorboard, dvclive, wandb, trackio.
         warn_distinct: warn of a collapse where a smaller share of a step's captions is distinct.
     """
@@ -89,6 +98,7 @@ class ComputeSettings(Settings):
     per_device: PositiveInt | None = None
     sft_per_device: PositiveInt | None = None
     gradient_checkpointing: bool = False
+    cache_vision: bool = False
     vllm: Literal["off", "colocate", "server"] = "off"
     vllm_memory: Annotated[float, Field(gt=0, le=1)] = 0.3
     vllm_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = None

@@ -8,10 +8,10 @@ from cim import code
 from cim.captioners.models import chat
 from cim.data.annotators import written_captions
 from cim.data.manifest import Manifest
+from cim.files import short_digest
 from cim.params import group
 from cim.processes import processes
 from cim.train.batches import sft_batches
-from cim.train.checkpoints import short_digest
 from cim.train.job import Job
 from cim.train.settings import SHARED, SftSettings
 
