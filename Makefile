@@ -2,7 +2,8 @@
 # make test        set up and run all tests; make test-fast leaves out what trains or runs the pipeline
 # make lab         set up and open JupyterLab on the notebooks
 # make site        the executed notebooks as web pages in site/
-# make photos DATA=folder   gallery and correlation study on photos in Flickr8k's layout
+# make photos DATA=folder   Flickr8k: the score against people's judgements, and the correlation study (15 minutes)
+# make photos-train DATA=folder   the same, and a captioner for photos trained with the published and the calibrated reward
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
 # make smoke       every stage on a small scale, in a folder of its own (a few minutes)
 # make benchmarks  speed and memory, beside the public way of computing the reward (about half an hour)
@@ -21,7 +22,7 @@ export TOKENIZERS_PARALLELISM = false
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2
 
-.PHONY: repro test test-fast lab site photos study smoke benchmarks wordnet chromium lint data clean
+.PHONY: repro test test-fast lab site photos photos-train study smoke benchmarks wordnet chromium lint data clean
 
 SETUP := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -51,9 +52,13 @@ lab: $(SETUP)
 site: data
 	dvc repro site
 
-photos: $(SETUP)
-	@test -n "$(DATA)" || { echo "error: name a folder in Flickr8k's layout: make photos DATA=path/to/flickr8k"; exit 2; }
-	cim pipeline runs/photos correlation -S profile=photos -S "dataset.folder='$(abspath $(DATA))'" --publish results/photos
+photos: STAGES = correlation judgements
+photos-train: STAGES = correlation judgements samples evaluate
+photos-train: wordnet
+
+photos photos-train: $(SETUP)
+	@test -n "$(DATA)" || { echo "error: name the folder of Flickr8k: make $@ DATA=path/to/flickr8k"; exit 2; }
+	cim pipeline runs/flickr8k $(STAGES) -S profile=flickr8k -S "dataset.folder='$(abspath $(DATA))'" --publish results/flickr8k
 
 study: $(SETUP)
 	cim pipeline runs/study evaluate -S profile=study --publish results/study

@@ -116,7 +116,7 @@ def gallery_folder(rows: int, seeds: list[str]) -> Path:
     images = (images_of(texts[part], seed=part.start) for part in blocks(rows))
     write_array(folder / IMAGES, rows, IMAGE_DIM, images)
     ids = ([f"synthetic-{i}" for i in range(part.start, part.stop)] for part in blocks(rows))
-    write_rows(folder / ROWS, (pa.table([part, part, [""] * len(part)], schema=SCHEMA) for part in ids))
+    write_rows(folder / ROWS, (pa.table([part, part, *[[""] * len(part)] * 2], schema=SCHEMA) for part in ids))
     info = {
         "rows": rows,
         "skipped": 0,

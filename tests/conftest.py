@@ -25,12 +25,17 @@ TRAINING = {
 }  # fixtures of tests that train, or run what was trained
 
 
+# The longest first, so that no worker starts a long file when the other has nothing left to do.
+LONGEST = ("test_pipeline", "test_training", "test_build", "test_published", "test_notebooks", "test_models")
+
+
 def pytest_collection_modifyitems(items):
-    """Mark what trains; the longest file first, so that the other worker has something to do meanwhile."""
+    """Mark what trains, and put the longest files first."""
     for item in items:
         if TRAINING & set(item.fixturenames):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture
@@ -90,8 +95,9 @@ def encoders(encoder_folder):
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory, world, encoders):
     from cim.gallery.build import build_gallery
+    from cim.gallery.settings import GallerySettings
     from cim.gallery.shards import gallery_shards
-    from cim.gallery.store import GallerySettings, load_gallery
+    from cim.gallery.store import load_gallery
 
     folder = tmp_path_factory.mktemp("gallery") / "gallery"
     settings = GallerySettings(splits=["gallery", "train"])
@@ -159,3 +165,17 @@ def train(run, **groups):
 
     (sft if run.startswith("sft") else grpo).train(run, change(**groups), Path("artifacts"))
     return Path("artifacts/train", run).resolve()
+
+
+def assert_the_same(out: Path, whole: Path):
+    """Two folders of a run hold the same weights and samples, and logs of the same values at every step."""
+    import json
+
+    def values(folder, key):
+        rows = json.loads((folder / "log.json").read_text())
+        return [(row["step"], row[key]) for row in rows if key in row]
+
+    for key in ("reward", "loss", "kl", "eval_reward"):
+        assert values(out, key) == values(whole, key), key
+    for path in (*whole.glob("*.safetensors"), *whole.glob("samples.jsonl")):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path

@@ -1,9 +1,10 @@
 """What each stage of dvc.yaml should depend on in src/ and notebooks/, from the imports of its code.
 
-`python tests/graph.py` prints it, and the table of docs/code.md.
+`python tests/graph.py` writes it to dvc.yaml, and the table of docs/code.md.
 """
 
 import json
+import re
 from pathlib import Path
 
 from cim import code
@@ -68,7 +69,17 @@ def reruns() -> str:
     return "\n".join(["| modules of src/cim | stages that run them |", "| --- | --- |", *rows])
 
 
-if __name__ == "__main__":
+def written(text: str) -> str:
+    """The text of dvc.yaml with each stage's dependencies on code as they should be; the others stay."""
     for name in stages():
-        print(f"{name}:", *cover(closure(name)), sep="\n  - ")
-    print(reruns())
+        found = re.search(rf"^  {name}:\n(?:    .*\n|\n)*?( +)deps:\n((?:\1  .*\n)+)", text, re.MULTILINE)
+        given = [line for line in found[2].splitlines() if not re.match(r" *- (src|notebooks)/", line)]
+        own = [f"{found[1]}  - {path}" for path in cover(closure(name))]
+        text = text[: found.start(2)] + "\n".join([*given, *own, ""]) + text[found.end(2) :]
+    return text
+
+
+if __name__ == "__main__":
+    pipeline, page = ROOT / "dvc.yaml", ROOT / "docs" / "code.md"
+    pipeline.write_text(written(pipeline.read_text()))
+    page.write_text(re.sub(r"\| modules of src/cim.*\n(\|.*\n)+", lambda _: reruns() + "\n", page.read_text()))

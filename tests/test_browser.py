@@ -15,8 +15,8 @@ import nbformat
 import pytest
 
 from cim.gallery.build import build_gallery
+from cim.gallery.settings import GallerySettings
 from cim.gallery.shards import gallery_shards
-from cim.gallery.store import GallerySettings
 from cim.pipeline import site
 from conftest import ROOT
 
@@ -43,7 +43,7 @@ def browser(tmp_path):
     driver.quit()
 
 
-def wait(browser, selector, seconds=45):
+def wait(browser, selector, seconds=180):
     """The elements of a CSS selector, once there are some."""
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -93,7 +93,7 @@ def jupyterlab(folder: Path, home: Path):
         env = {**os.environ, "HOME": str(home), "JUPYTER_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
         server = subprocess.Popen([*command, *options], cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 180
             while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/lab", log.read_text())):
                 assert time.monotonic() < deadline, log.read_text()
                 assert server.poll() is None, log.read_text()
@@ -127,7 +127,7 @@ def test_the_explore_notebook_answers_in_jupyterlab(browser, workspace, world, e
             return browser.execute_script(texts)
 
         def changed(before: list[str]) -> list[str]:
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 180
             while len(now := scores()) < 2 or now == before:
                 assert time.monotonic() < deadline, now
                 time.sleep(0.1)

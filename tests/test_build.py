@@ -20,9 +20,10 @@ from cim.cli import __main__ as cli
 from cim.errors import CimError
 from cim.gallery import build, store
 from cim.gallery.build import build_gallery, rebuild_index
+from cim.gallery.settings import BuildSettings, GallerySettings
 from cim.gallery.shards import Record, Shard, gallery_shards, shards_of
-from cim.gallery.store import BuildSettings, GallerySettings, fingerprint, load_gallery
-from cim.images import open_stored
+from cim.gallery.store import fingerprint, load_gallery
+from cim.images import open_image
 from conftest import ROOT
 
 SETTINGS = BuildSettings()
@@ -94,7 +95,7 @@ def test_every_kind_of_source_gives_the_same_records(rows, tmp_path):
             assert (np.asarray(record.open()) == pixels).all(), source
     assert len(read(shards_of([tmp_path], rows=100))) == 6 * 40
     member = read(shards_of([tmp_path / "txt.tar"], 7))[0].image
-    assert (np.asarray(open_stored(member)) == expected[0]).all()
+    assert (np.asarray(open_image(member)) == expected[0]).all()
 
 
 def test_sources_that_cannot_be_used_are_named(rows, tmp_path):

@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 
+from cim.captioners.generate import repetition
 from cim.errors import CimError
 from cim.gallery.store import TRANSFORM, load_gallery
 from cim.gallery.transform import ImageTransform
 from cim.runs import with_variant
 from cim.scorer import RewardSettings, Scorer
-from cim.train.reward import Guarded, repetition
+from cim.train.reward import Guarded
 from cim.train.settings import TrainSettings
 
 CALIBRATED = RewardSettings(k=6, decay=1.0, grc_weight=0.5, beta=2.0, center=True, whiten=0.5)
+SOFT = CALIBRATED.model_copy(update={"temperature": 0.1})
+WHOLE = SOFT.model_copy(update={"k": None})
 
 
 def unit(vectors):
@@ -65,10 +68,17 @@ def test_a_gallery_without_it_serves_the_published_reward_only(gallery, encoders
             assert len(scorer.retrieval_scores(test.captions, test.frame["image_id"])) == len(test)
 
 
-@pytest.mark.parametrize("blocks_of", [1, 16_384])
-def test_calibrated_scores_equal_a_slow_loop(gallery, encoders, world, monkeypatch, blocks_of):
-    monkeypatch.setattr("cim.scorer.GATHERED", blocks_of)
-    test, s = world.split("test"), CALIBRATED
+@pytest.mark.parametrize("s", [CALIBRATED, SOFT, WHOLE])
+@pytest.mark.parametrize(("gathered", "small"), [(1, 0), (16_384, 0), (16_384, 20_000)])
+def test_calibrated_scores_equal_a_slow_loop(gallery, encoders, world, monkeypatch, gathered, small, s):
+    monkeypatch.setattr("cim.scorer.GATHERED", gathered)
+    monkeypatch.setattr("cim.scorer.SMALL", small)
+    monkeypatch.setattr("cim.gallery.store.SMALL", small)
+    if s is WHOLE and not small:
+        with pytest.raises(CimError, match=r"set reward\.k"):
+            Scorer(gallery, *encoders, s).k  # noqa: B018
+        return
+    test = world.split("test")
     ids = test.frame["image_id"].tolist()
     scorer = Scorer(gallery, *encoders, s)
     scorer.add_sources(test)
@@ -82,12 +92,17 @@ def test_calibrated_scores_equal_a_slow_loop(gallery, encoders, world, monkeypat
     for i, image_id in enumerate(ids):
         source = unit((scorer.source_vectors([image_id])[0] - mean) @ matrix)
         retrieved = [unit((images[row] - mean) @ matrix) for row in rows[i]]
-        grc = np.linalg.norm(sum(retrieved) / s.k)
-        qir = sum(source @ r for r in retrieved)
+        lambdas, shares = np.ones(len(rows[i])), np.full(len(rows[i]), 1 / len(rows[i]))
+        if s.temperature:
+            similar = gallery.text_embeddings()[rows[i]] @ encoders[0].encode([test.captions[i]])[0]
+            lambdas = shares = np.exp(similar / s.temperature) / np.exp(similar / s.temperature).sum()
+        grc = np.linalg.norm(sum(share * r for share, r in zip(shares, retrieved, strict=True)))
+        qir = sum(weight * (source @ r) for weight, r in zip(lambdas, retrieved, strict=True))
         assert scores["grc"][i] == pytest.approx(grc, abs=5e-3)
         assert scores["qir"][i] == pytest.approx(qir, abs=2e-2)
         assert scores["cim"][i] == pytest.approx(0.5 * scores["grc"][i] + 2 * scores["qir"][i])
-    assert scores["qir"].iloc[-1] == -s.k
+    assert len(set(rows[0])) == rows.shape[1] == (s.k or len(gallery) - 1)
+    assert scores["qir"].iloc[-1] == (-1 if s.temperature else -s.k)
 
 
 TRAIN = {
@@ -114,7 +129,7 @@ def test_guards(settings, expected):
     [("", 0), ("owl", 0), ("a red owl", 0), ("snow snow snow", 1 / 2), ("a b a b a b", 3 / 5), ("A b a B", 1 / 3)],
 )
 def test_repetition(caption, share):
-    assert repetition(caption) == pytest.approx(share)
+    assert repetition([caption])[0] == pytest.approx(share)
 
 
 PARAMS = {"reward": {"k": 3, "beta": 1.0}, "train": {"kl": 0.1}, "variants": {"wide": {"reward": {"k": 30}}}}

@@ -160,6 +160,20 @@ def test_a_users_files_are_never_written_over(toy, tmp_path):
     assert (tmp_path / "toy.zip").read_text() == "mine too"
 
 
+def test_what_macos_adds_to_archives_is_left_out(server, tmp_path, monkeypatch):
+    url, handler = server
+    for name in ("photos", "text"):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            archive.writestr(f"{name}/a", "one")
+            archive.writestr(f"__MACOSX/{name}/._a", "")
+        handler.files[f"/{name}.zip"] = content.getvalue()
+    parts = [Archive(f"{url}/photos.zip"), Archive(f"{url}/text.zip")]
+    monkeypatch.setitem(downloads.SOURCES, "mac", Source("", "", parts))
+    downloads.download("mac", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["photos", "text"]
+
+
 def test_archives_write_nothing_outside(server, tmp_path):
     url, handler = server
     content = io.BytesIO()

@@ -13,8 +13,9 @@ from cim.data.manifest import Manifest
 from cim.encoders import load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.build import build_gallery
+from cim.gallery.settings import GallerySettings
 from cim.gallery.shards import gallery_shards
-from cim.gallery.store import GallerySettings, drop_excluded, load_gallery
+from cim.gallery.store import drop_excluded, load_gallery
 from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer
 from cim.train.reward import completion_text, trl_reward
@@ -155,7 +156,7 @@ def test_scores_are_the_pure_functions_of_what_is_retrieved(scorer, world):
     test = world.split("test")
     ids = test.frame["image_id"].tolist()
     scores = scorer.retrieval_scores(test.captions, ids)
-    vectors = scorer.gallery.image_vectors(scorer.retrieve(test.captions, ids))
+    vectors = scorer.gallery.image_vectors(scorer.retrieve(test.captions, ids)[0])
     np.testing.assert_allclose(scores["grc"], rewards.gallery_representation_consistency(vectors))
     np.testing.assert_allclose(scores["cim"], scores["grc"] + scorer.settings.beta * scores["qir"])
 
@@ -165,7 +166,7 @@ def test_whether_the_source_may_be_retrieved_is_a_parameter(gallery, encoders, w
     ids, rows = train.frame["image_id"].tolist(), gallery.rows_of(train.frame["image_id"])
     for exclude in (True, False):
         scorer = Scorer(gallery, *encoders, RewardSettings(exclude_source=exclude))
-        found = (scorer.retrieve(train.captions, ids) == rows[:, None]).any(axis=1)
+        found = (scorer.retrieve(train.captions, ids)[0] == rows[:, None]).any(axis=1)
         assert found.all() if not exclude else not found.any()
 
 

@@ -42,11 +42,11 @@ def test_dvc_names_the_stages_that_the_package_has():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_the_code_that_it_runs_and_no_other(stage):
     named = sorted(dep for dep in STAGES[stage]["deps"] if dep.startswith(CODE))
-    assert named == graph.cover(graph.closure(stage)), "python tests/graph.py prints what dvc.yaml should name"
+    assert named == graph.cover(graph.closure(stage)), "python tests/graph.py writes what dvc.yaml should name"
 
 
 def test_the_documentation_lists_what_a_change_reruns():
-    assert graph.reruns() in (ROOT / "docs" / "code.md").read_text(), "python tests/graph.py prints the table"
+    assert graph.reruns() in (ROOT / "docs" / "code.md").read_text(), "python tests/graph.py writes the table"
 
 
 def test_fine_tuning_depends_on_what_it_reads_of_the_train_group():
@@ -118,11 +118,12 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("train", "lora_rank", 8, {"train", "on_sft", "sft"}),
         ("compute", "log_to", ["tensorboard"], set()),
         ("compute", "per_device", 1, set()),
-        ("reward", "beta", 2.0, {"train", "on_sft"}),
+        ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate"}),
         ("sft", "lr", 1.0, {"sft"}),
         ("gallery", "recall", 0.5, {"gallery"}),
-        ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft"}),
-        ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions"}),
+        ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft", "samples", "evaluate"}),
+        ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
+        ("samples", "seed", 1, {"samples"}),
         ("correlation", "seed", 1, {"correlation"}),
         ("evaluate", "seed", 1, {"evaluate"}),
         ("captions", "batch", 1, {"captions"}),

@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
+from cim.data import flickr8k
 from cim.data.dataset import DatasetSettings, make_dataset
+from cim.data.flickr8k import human_captions
 from cim.data.manifest import read_manifest, write_manifest
 from cim.errors import CimError
 from cim.evaluation.correlation import graded_captions
@@ -70,33 +73,104 @@ def test_unreadable_images_are_named(tmp_path):
         open_image(tmp_path / "a.png")
 
 
-def test_flickr8k_folders(tmp_path, capsys):
-    from PIL import Image
-
-    settings = DatasetSettings(source="flickr8k", folder=str(tmp_path))
-    with pytest.raises(CimError, match=r"captions\.txt: not found"):
-        make_dataset(settings, tmp_path / "out")
-    (tmp_path / "captions.txt").write_text("photo;text\n")
-    with pytest.raises(CimError, match="first line"):
-        make_dataset(settings, tmp_path / "out")
-    lines = ["image,caption"] + [f"{i}.jpg,a {w} dog, running ." for i in range(4) for w in ("big", "brown", "happy")]
-    (tmp_path / "captions.txt").write_text("\n".join(lines) + "\n9.jpg,gone\n")
-    with pytest.raises(CimError, match=r"none of the 5 photos in captions\.txt is there"):
-        make_dataset(settings, tmp_path / "out")
+@pytest.fixture
+def flickr8k_folder(tmp_path):
+    """Ten photos in Flickr8k's layout, each with three captions, and its split files; photo 9 is in none."""
     (tmp_path / "Images").mkdir()
-    for i in range(4):
+    for i in range(10):
         Image.new("RGB", (8, 8)).save(tmp_path / "Images" / f"{i}.jpg")
-    assert len(read_manifest(make_dataset(settings, tmp_path / "out"))) == 4
-    assert "1 of 5 photos are not in" in capsys.readouterr().out
-    # A byte order mark and empty lines are accepted; empty captions are left out.
-    (tmp_path / "captions.txt").write_text("\ufeff" + "\n".join([*lines, "", "3.jpg, "]) + "\n", encoding="utf-8")
-    manifest = read_manifest(make_dataset(settings, tmp_path / "out"))
-    assert manifest.captions == ["a big dog, running ."] * 4
-    assert open_image(manifest.image_paths[0]).size == (8, 8)
+    lines = [f"{i}.jpg,a {w} dog, running ." for i in range(10) for w in ("big", "brown", "happy")]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *lines]) + "\n")
+    for name, images in {"train": (5, 4, 0, 1), "dev": (2, 3), "test": (8, 7, 6)}.items():
+        (tmp_path / f"Flickr_8k.{name}Images.txt").write_text("".join(f"{i}.jpg\n" for i in images))
+    return tmp_path
+
+
+def read_flickr8k(folder, **settings):
+    settings = DatasetSettings(source="flickr8k", folder=str(folder), **settings)
+    return read_manifest(make_dataset(settings, folder / "out"))
+
+
+def splits(manifest):
+    return manifest.frame.groupby("split")["image_id"].agg("".join).to_dict()
+
+
+def test_flickr8k_splits(flickr8k_folder):
+    published = {"pretrain": "45", "train": "01", "dev": "23", "test": "678", "other": "9"}
+    manifest = read_flickr8k(flickr8k_folder)
+    assert splits(manifest) == published
+    assert human_captions(manifest.frame)[3] == [
+        "a big dog, running .",
+        "a brown dog, running .",
+        "a happy dog, running .",
+    ]
+    # A limit takes the first of the split file.
+    limited = read_flickr8k(flickr8k_folder, pretrain=1, train=1, test=2)
+    assert splits(limited) == {"pretrain": "5", "train": "0", "dev": "23", "test": "78", "other": "9"}
+    # The published archives: another folder of photos, and captions by their ids.
+    (flickr8k_folder / "Images").rename(flickr8k_folder / "Flicker8k_Dataset")
+    (flickr8k_folder / "captions.txt").rename(flickr8k_folder / "old.txt")
+    lines = [f'{i}.jpg#{j}\ta "{w} dog' for i in range(10) for j, w in enumerate(("big", "small"))]
+    (flickr8k_folder / "Flickr8k.token.txt").write_text("\n".join(lines))
+    manifest = read_flickr8k(flickr8k_folder)
+    assert splits(manifest) == published
+    assert human_captions(manifest.frame) == [['a "big dog', 'a "small dog']] * 10
+    for name in ("train", "dev", "test"):
+        (flickr8k_folder / f"Flickr_8k.{name}Images.txt").unlink()
+    assert splits(read_flickr8k(flickr8k_folder, train=1)) == {"gallery": "0123456789"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("captions.txt", None, "holds neither Flickr8k.token.txt nor captions.txt"),
+        ("captions.txt", "photo;text\n", "captions.txt: the first line should be 'image,caption'"),
+        ("captions.txt", "", "captions.txt: the first line"),
+        ("captions.txt", "image,caption\n1.jpg\n,text\n", "captions.txt: holds no captions"),
+        ("captions.txt", "image,caption\n1.jpg,a dog\n", "trainImages.txt: 3 of 4 images have no caption, '5.jpg'"),
+        ("Flickr8k.token.txt", "1.jpg a dog\n1.jpg\ta dog\n", "token.txt: holds no captions"),
+        ("Flickr_8k.devImages.txt", None, "devImages.txt: not found; restore it, or remove the other"),
+        ("Flickr_8k.devImages.txt", "2.jpg\n3.png\n", "devImages.txt: 1 of 2 images have no caption, '3.png'"),
+        ("Flickr_8k.testImages.txt", "8.jpg\n1.jpg\n", "testImages.txt: '1.jpg' is in Flickr_8k.trainImages.txt too"),
+        ("Images", None, "Images: none of the 10 photos with captions is there; set dataset.images"),
+    ],
+)
+def test_bad_flickr8k_folders(flickr8k_folder, file, content, says):
+    if content is None:
+        (flickr8k_folder / file).rename(flickr8k_folder / "away")
+    else:
+        (flickr8k_folder / file).write_text(content)
+    with pytest.raises(CimError, match=says):
+        read_flickr8k(flickr8k_folder)
+
+
+def test_damaged_flickr8k_captions_are_left_out(flickr8k_folder, capsys):
+    listing = flickr8k_folder / "captions.txt"
+    good = listing.read_bytes()
+    damaged = b'10.jpg,gone\n\n3.jpg, \n,nothing\n4.jpg\n5.jpg,"never closed\n6.jpg,not \xff UTF-8\n'
+    # A byte order mark, Windows line ends and empty lines are accepted.
+    listing.write_bytes(b"\xef\xbb\xbf" + good.replace(b"\n", b"\r\n") + damaged)
+    Image.new("RGB", (8, 8)).save(flickr8k_folder / "Images" / "x.jpg")
+    manifest = read_flickr8k(flickr8k_folder)
+    printed = capsys.readouterr().out
+    assert "captions.txt: 4 of 36 lines are damaged" in printed
+    assert "1 of 11 photos are not in" in printed
+    assert "1 photos in" in printed
+    assert "'x.jpg' among them" in printed
+    assert manifest.captions == ["a big dog, running ."] * 10
+    assert [len(own) for own in human_captions(manifest.frame)] == [3, 3, 3, 3, 3, 4, 3, 3, 3, 3]
     ladder = graded_captions(manifest, np.random.default_rng(0))
     first = ladder[ladder["image_id"] == "0"].set_index("label")["caption"]
     assert first["first two words"] == "a brown"
     assert first["all captions"] == "a brown dog, running . a happy dog, running ."
+    assert open_image(manifest.image_paths[0]).size == (8, 8)
+
+
+def test_all_of_flickr8k(reference):
+    frame, _ = flickr8k.read(reference / "flickr8k", None)
+    counts = {"pretrain": 3000, "train": 3000, "dev": 1000, "test": 1000, "other": 91}
+    assert frame["split"].value_counts().to_dict() == counts
+    assert {len(own) for own in human_captions(frame)} == {5}
 
 
 def test_the_reference_photos(reference, tmp_path):
@@ -113,8 +187,6 @@ def test_the_reference_photos(reference, tmp_path):
 
 def test_oxford_pets_photos_are_not_confused_with_their_masks(tmp_path):
     """The published layout: photos in images/, masks of the same stems in annotations/trimaps/."""
-    from PIL import Image
-
     names = [f"{breed}_{i}" for breed in ("Abyssinian", "beagle") for i in range(1, 5)]
     for folder, suffix in (("images", "jpg"), ("annotations/trimaps", "png")):
         (tmp_path / folder).mkdir(parents=True)
@@ -187,9 +259,10 @@ def test_overrides_that_do_not_compose(override):
 
 def test_the_command_line_fails_in_one_line(tmp_path):
     assert "params.yaml: not found" in only_error(cim("run", "dataset", cwd=tmp_path))
-    (tmp_path / "params.yaml").write_text("dataset: {source: world, folder: nowhere, pretrain: 2}\n")
+    params = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(params.replace("  folder: data\n", "  folder: nowhere\n"))
     assert "cim data" in only_error(cim("run", "dataset", cwd=tmp_path))
-    (tmp_path / "params.yaml").write_text("dataset: {source: mars, folder: nowhere}\n")
+    (tmp_path / "params.yaml").write_text(params.replace("  source: world\n", "  source: mars\n"))
     assert "'mars' is unknown" in only_error(cim("run", "dataset", cwd=tmp_path))
     assert "conf" in only_error(cim("params", "-S", "profile=smoke", cwd=tmp_path))
 

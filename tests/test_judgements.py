@@ -3,16 +3,18 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from scipy.io import savemat
 
 from cim.cli import __main__ as cli
 from cim.errors import CimError
-from cim.evaluation.judgements import VOTES, agreement_with_people, load_judgements
+from cim.evaluation.judgements import VOTES, Judgements, agreement_with_people, load_judgements
 from cim.evaluation.statistics import kendall, kendall_within
 from cim.images import ImageFolder
-from cim.scorer import RewardSettings, Scorer
+from cim.rewards import RewardSettings
+from cim.scorer import Scorer
 
 
 @pytest.fixture
@@ -31,16 +33,22 @@ def scorer(gallery, encoders):
     return Scorer(gallery, *encoders, RewardSettings())
 
 
-def expert_files(folder, names, captions):
+def expert_lines(names):
     """Every image with its own caption (left out), the next one's (grades 1, 2, 1) and the one after (2, 2, 3)."""
-    token = [f"{name}#{i}\t{caption}" for name, caption in zip(names, captions, strict=True) for i in range(2)]
-    (folder / "Flickr8k.token.txt").write_text("\n".join(token) + "\n")
     lines = []
     for i, name in enumerate(names):
         lines.append(f"{name}\t{name}#0\t4\t4\t4")
         lines.append(f"{name}\t{names[(i + 1) % len(names)]}#0\t1\t2\t1")
         lines.append(f"{name}\t{names[(i + 2) % len(names)]}#1\t2\t2\t3")
-    (folder / "ExpertAnnotations.txt").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def expert_files(folder, names, captions):
+    """The second caption of an image is the first one, shouted."""
+    pairs = [(name, i, text) for name, c in zip(names, captions, strict=True) for i, text in enumerate((c, c.upper()))]
+    (folder / "Flickr8k.token.txt").write_text("".join(f"{name}#{i}\t{text}\n" for name, i, text in pairs))
+    (folder / "ExpertAnnotations.txt").write_text("\n".join(expert_lines(names)) + "\n")
+    return pairs
 
 
 def test_flickr8k_expert(pictures, scorer):
@@ -48,7 +56,7 @@ def test_flickr8k_expert(pictures, scorer):
     expert_files(folder, names, captions)
     judged = load_judgements("flickr8k-expert", folder)
     assert len(judged.rows) == 6 * len(names)
-    assert f"{len(names)} captions of the same image left out" in judged.summary
+    assert f"{len(names)} captions of the same image and 0 damaged lines left out" in judged.summary
     metrics = agreement_with_people(judged, scorer, resamples=200)
     assert set(metrics["scores"]) == {"grc", "qir", "cim", "words"}
     for cells in metrics["scores"].values():
@@ -58,6 +66,68 @@ def test_flickr8k_expert(pictures, scorer):
     scores = scorer.score(judged.rows["image"].tolist(), judged.rows["caption"].tolist())
     expected = stats.kendalltau(scores["cim"], judged.rows["grade"], variant="c").statistic
     assert metrics["scores"]["cim"]["tau-c"]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_flickr8k_cf(pictures):
+    folder, names, captions = pictures
+    expert_files(folder, names, captions)
+    lines = [f"{names[0]}\t{name}#1\t{yes / 3}\t{yes}\t{3 - yes}" for yes, name in zip((3, 2, 0), names, strict=False)]
+    (folder / "CrowdFlowerAnnotations.txt").write_text("\r\n".join(lines) + "\n\n")
+    judged = load_judgements("flickr8k-cf", folder)
+    assert judged.rows["caption"].tolist() == [caption.upper() for caption in captions[1:3]]
+    assert judged.rows["grade"].tolist() == [2 / 3, 0]
+    assert "2 grades of 1 images, 1 captions of the same image" in judged.summary
+
+
+def test_captions_come_from_either_file(pictures):
+    folder, names, captions = pictures
+    pairs = expert_files(folder, names, captions)
+    from_tokens = load_judgements("flickr8k-expert", folder)
+    (folder / "Flickr8k.token.txt").unlink()
+    table = "".join(f'{name},"{text}"\n' for name, _, text in pairs)
+    (folder / "captions.txt").write_text(f"image,caption\n{table}")
+    pd.testing.assert_frame_equal(load_judgements("flickr8k-expert", folder).rows, from_tokens.rows)
+    # A damaged caption keeps its number, so that the next one is not taken for it.
+    (folder / "captions.txt").write_text(f"image,caption\n{names[1]},\n{table}")
+    (folder / "ExpertAnnotations.txt").write_text(f"{names[0]}\t{names[1]}#1\t1\t1\t1\n")
+    assert load_judgements("flickr8k-expert", folder).rows["caption"].unique().tolist() == [captions[1]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{0}\t{1}#0\t1\t2",
+        "{0}\t{1}#9\t1\t1\t1",
+        "x.jpg\t{1}#0\t1\t1\t1",
+        "{0}\t{1}#0\t1\t5\t1",
+        "{0}\t{1}#0\t1\t1\t1.5",
+        "\x00",
+    ],
+)
+def test_damaged_judgements_are_left_out(pictures, line):
+    folder, names, captions = pictures
+    expert_files(folder, names, captions)
+    line, path = line.format(*names), folder / "ExpertAnnotations.txt"
+    path.write_text("\n".join([line, *expert_lines(names)]))
+    judged = load_judgements("flickr8k-expert", folder)
+    assert len(judged.rows) == 6 * len(names)
+    assert "and 1 damaged lines left out" in judged.summary
+    path.write_text("\n".join([*expert_lines(names), line, line]))
+    with pytest.raises(CimError, match=r"ExpertAnnotations.txt: 2 of 26 lines .*; line 25, 26\), 16 can be used"):
+        load_judgements("flickr8k-expert", folder)
+
+
+def test_a_caption_does_not_retrieve_its_own_image(world, gallery, encoders):
+    train = world.split("train")
+    scorer, leaves_in = (Scorer(gallery, *encoders, RewardSettings(exclude_source=e)) for e in (True, False))
+    tau = []
+    for grader in (scorer, leaves_in):
+        grader.add_sources(train)
+        grades = grader.retrieval_scores(train.captions, train.frame["image_id"].tolist())["qir"]
+        rows = pd.DataFrame({"image": map(str, train.image_paths), "caption": train.captions, "grade": grades})
+        tau.append(agreement_with_people(Judgements(rows, ""), scorer, resamples=2)["scores"]["qir"]["tau-b"]["value"])
+    assert tau[0] == pytest.approx(1)
+    assert tau[1] < 0.9
 
 
 def test_composite(pictures, scorer):
@@ -117,7 +187,11 @@ def test_what_is_missing_is_named(pictures):
     folder, names, captions = pictures
     with pytest.raises(CimError, match="unknown benchmark"):
         load_judgements("nocaps", folder)
-    with pytest.raises(CimError, match=r"Flickr8k.token.txt: not found"):
+    for benchmark, file in (("flickr8k-expert", "ExpertAnnotations"), ("flickr8k-cf", "CrowdFlowerAnnotations")):
+        with pytest.raises(CimError, match=rf"{file}.txt: not found"):
+            load_judgements(benchmark, folder)
+    (folder / "ExpertAnnotations.txt").touch()
+    with pytest.raises(CimError, match=r"holds neither Flickr8k.token.txt nor captions.txt"):
         load_judgements("flickr8k-expert", folder)
     with pytest.raises(CimError, match="no grades in"):
         load_judgements("composite", folder)
@@ -127,9 +201,10 @@ def test_what_is_missing_is_named(pictures):
     (folder / "Images" / names[0]).unlink()
     with pytest.raises(CimError, match=f"1 of {len(names)} images are missing, '{names[0]}'"):
         load_judgements("flickr8k-expert", folder)
-    (folder / "ExpertAnnotations.txt").write_text("one line\n")
-    with pytest.raises(CimError, match=r"ExpertAnnotations.txt:1"):
-        load_judgements("flickr8k-expert", folder)
+    for content, count in (("", "0 of 0"), ("one line\n", "1 of 1"), (f"{names[0]}\t{names[0]}#0\t4\t4\t4", "0 of 1")):
+        (folder / "ExpertAnnotations.txt").write_text(content)
+        with pytest.raises(CimError, match=rf"ExpertAnnotations.txt: {count} lines are damaged .* 0 can be used"):
+            load_judgements("flickr8k-expert", folder)
     savemat(folder / "pair_pascal.mat", {"other": 1})
     savemat(folder / "consensus_pascal.mat", {"triplets": 1})
     with pytest.raises(CimError, match="not in Pascal-50S's layout"):

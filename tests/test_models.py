@@ -11,13 +11,14 @@ from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model
 from cim.data.annotators import written_captions
 from cim.errors import CimError
+from cim.fastvlm import END, IMAGE
 from cim.gallery.store import fingerprint
 from cim.runs import parse_run
 from cim.train import __main__ as command
 from cim.train.job import image_dataset
 from cim.train.log import StepLog
 from cim.train.reward import SampleLog
-from cim.world.captioner import END, IMAGE, build_processor
+from cim.world.captioner import build_processor
 from cim.world.language import BACKGROUND_PHRASES, describe
 from cim.world.scenes import random_scene
 from conftest import PROMPT, change, train

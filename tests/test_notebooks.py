@@ -1,15 +1,19 @@
 """Notebooks run by hand, the widgets of explore.ipynb without a browser, and the site."""
 
 import json
-import os
 import shutil
+from types import ModuleType
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from nbclient import NotebookClient
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from IPython.utils.capture import capture_output
+from matplotlib_inline.backend_inline import configure_inline_support
 from traitlets.config import Config
 
 from cim.errors import CimError
@@ -19,37 +23,60 @@ from cim.report.explore import Explorer
 from conftest import ROOT
 
 
-def run_by_hand(name, folder, **parameters):
-    """Execute a notebook in notebooks/, as JupyterLab does, with other values in its parameters cell; its outputs."""
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    cell = next(c for c in notebook.cells if c.metadata.get("tags") == ["parameters"])
-    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    (folder / "notebooks").mkdir(exist_ok=True)
-    encrypted = Config(KernelManager={"transport_encryption": "auto"})
-    client = NotebookClient(notebook, resources={"metadata": {"path": folder / "notebooks"}}, config=encrypted)
-    client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+@pytest.fixture
+def run_by_hand(workspace, monkeypatch):
+    """A function that runs a notebook in notebooks/, with other values in its parameters cell, and captures its outputs.
+
+    It runs in an IPython shell of this process; test_pipeline.py and test_browser.py start kernels.
+    """
+    shell = InteractiveShell.instance(
+        user_module=ModuleType("by_hand"), config=Config(HistoryManager={"enabled": False})
+    )
+    inline = "module://matplotlib_inline.backend_inline"
+    plt.switch_backend(inline)
+    plt.ion()
+    configure_inline_support(shell, inline)
+    (workspace / "notebooks").mkdir()
+    monkeypatch.chdir(workspace / "notebooks")
+
+    def run(name, **parameters):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        cell = next(c for c in notebook.cells if c.metadata.get("tags") == ["parameters"])
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+        with capture_output() as captured:
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    result = shell.run_cell(cell.source)
+                    result.raise_error()
+                    display(result.result)
+        return captured
+
+    yield run
+    plt.switch_backend("agg")
+    plt.ioff()
+    InteractiveShell.clear_instance()
 
 
-def texts(outputs):
-    return "\n".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
+def shown(captured, kind):
+    """The outputs of a MIME type."""
+    return [output.data[kind] for output in captured.outputs if kind in output.data]
 
 
 @pytest.mark.slow
-def test_the_training_notebook_trains_with_its_own_parameters(workspace):
+def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, workspace):
     """Not with those of params.yaml, which has 4 steps."""
     params = yaml.safe_load((workspace / "params.yaml").read_text())
     train = params["train"] | {"steps": 3}
-    outputs = run_by_hand("train", workspace, train=train, encoders=params["encoders"])
+    captured = run_by_hand("train", train=train, encoders=params["encoders"])
     metrics = json.loads((workspace / "results/train/cim-0.json").read_text())
     assert metrics["steps"] == 3
     curve = pd.read_csv(workspace / "results/train/cim-0.csv")
     assert curve["step"].tolist() == [1, 2, 3]
     assert curve["grc"].iloc[:10].mean() == pytest.approx(metrics["grc_first_10"], abs=1e-4)
-    said = texts(outputs)
-    assert "step 3/3" in said
-    assert f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words." in said
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2  # curves, and captions with their images
+    assert "step 3/3" in captured.stdout
+    found = f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words."
+    assert found in shown(captured, "text/markdown")[-1].replace("\n", " ")
+    assert len(shown(captured, "image/png")) == 2  # curves, and captions with their images
 
 
 def test_density_tells_a_dense_gallery_from_a_sparse_one(gallery):
@@ -86,7 +113,7 @@ def test_two_captions_of_an_image_are_compared(explorer):
     assert table["cim"].tolist() == pytest.approx((table["grc"] + 0.5 * table["qir"]).tolist())
     assert [len(retrieved) for retrieved in table["retrieved"]] == [4, 0]
     rows = explorer.gallery.rows_of([item["image_id"] for item in table["retrieved"][0]])
-    assert rows[:3].tolist() == explorer.scorer.retrieve([table["caption"][0]])[0].tolist()
+    assert rows[:3].tolist() == explorer.scorer.retrieve([table["caption"][0]])[0][0].tolist()
 
 
 def test_moving_a_slider_or_typing_a_caption_changes_the_scores(explorer):
@@ -125,9 +152,8 @@ def test_any_gallery_and_any_image_file_can_be_explored(explorer, world, gallery
         Explorer(str(gallery.folder), "nowhere.parquet")
 
 
-def test_the_explore_notebook_runs_without_a_browser(workspace):
-    outputs = run_by_hand("explore", workspace)
-    assert any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs)
+def test_the_explore_notebook_runs_without_a_browser(run_by_hand):
+    assert shown(run_by_hand("explore"), "application/vnd.jupyter.widget-view+json")
 
 
 @pytest.fixture

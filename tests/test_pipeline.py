@@ -12,7 +12,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from cim.errors import CimError
 from cim.pipeline.compose import compose
 from cim.pipeline.notebooks import NOTEBOOKS
 from cim.pipeline.workspace import prepare, publish
@@ -30,9 +29,9 @@ FIGURES = {
 }
 
 
-def dvc(folder, *arguments):
+def dvc(folder, *arguments, env=ENV):
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=ENV, capture_output=True, text=True
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=env, capture_output=True, text=True
     )
 
 
@@ -97,7 +96,7 @@ def test_every_figure_is_drawn(smoke):
     for path in (smoke / "results").rglob("*.png"):
         with Image.open(path) as image:
             # Axes, marks and text: a blank figure has one colour.
-            assert len(image.convert("RGB").getcolors(2**24)) > 20, path
+            assert len(image.convert("RGB").reduce(4).getcolors(2**24)) > 20, path
 
 
 def test_the_results_page_and_the_site_show_what_was_made(smoke):
@@ -128,16 +127,12 @@ def test_a_second_repro_runs_nothing(smoke):
 
 
 def test_results_are_published_with_what_they_came_from(smoke, tmp_path):
-    publish(smoke, tmp_path / "published")
+    """test_workspace.py has what publishing replaces and what it never does."""
+    publish(smoke, tmp_path)
     for name in ("params.yaml", "dvc.lock", "evaluate/metrics.json", "train/cim-0.json"):
         source = smoke / name if "/" not in name else smoke / "results" / name
-        assert (tmp_path / "published" / name).read_bytes() == source.read_bytes()
-    publish(smoke, tmp_path / "published")  # over what was published before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("text")
-    with pytest.raises(CimError, match="not empty"):
-        publish(smoke, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "text"
+        assert (tmp_path / name).read_bytes() == source.read_bytes()
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_results_page_opens_on_results_alone(smoke, tmp_path):
@@ -150,45 +145,38 @@ def test_the_results_page_opens_on_results_alone(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_prose_retrains_nothing(smoke):
-    """A word of the notebook and of a docstring: the stage runs again, keeps its weights, and nothing else follows."""
-    weights = {path: path.stat().st_mtime_ns for path in (smoke / "artifacts/train").rglob("model.safetensors")}
-    changed = [smoke / "notebooks/train.ipynb", smoke / "src/cim/train/batches.py"]
+def test_a_wrong_parameter_loses_nothing_and_prose_retrains_nothing(smoke):
+    """Training fails, then runs again for a word of its notebook and of a docstring, keeps its weights, and nothing else
+    has to follow."""
+    environment = {**ENV, "PYTHONPATH": str(smoke / "src")}
+    made = [*(smoke / "artifacts/train").rglob("model.safetensors"), *(smoke / "results/evaluate").iterdir()]
+    times = {path: path.stat().st_mtime_ns for path in made}
+    changed = [smoke / name for name in ("params.yaml", "notebooks/train.ipynb", "src/cim/train/batches.py")]
     before = [path.read_text() for path in changed]
+    words = (
+        ("\nreward:\n  k: 3", "\nreward:\n  k: 100000"),
+        ("# Training", "# Training, in other words"),
+        ('"""', '"""In other words: '),
+    )
     try:
-        changed[0].write_text(before[0].replace("# Training", "# Training, in other words"))
-        changed[1].write_text(before[1].replace('"""', '"""In other words: ', 1))
-        assert [path.read_text() for path in changed] != before
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "repro", "--single-item", "train@cim-0"],
-            cwd=smoke, env={**ENV, "PYTHONPATH": str(smoke / "src")}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert stages_run(done) == {"train@cim-0"}
-        assert "kept: artifacts/train/cim-0 was trained from the same inputs" in done.stdout
-        assert {path: path.stat().st_mtime_ns for path in weights} == weights
-    finally:
-        for path, text in zip(changed, before, strict=True):
-            path.write_text(text)
-
-
-def test_a_wrong_parameter_stops_the_pipeline_and_loses_nothing(smoke):
-    params = (smoke / "params.yaml").read_text()
-    before = {p: p.stat().st_mtime_ns for p in (smoke / "results/evaluate").iterdir()}
-    try:
-        (smoke / "params.yaml").write_text(params.replace("\nreward:\n  k: 3", "\nreward:\n  k: 100000"))
-        done = dvc(smoke, "repro", "train@cim-0")
+        for path, text, (old, new) in zip(changed, before, words, strict=True):
+            assert old in text
+            path.write_text(text.replace(old, new, 1))
+        done = dvc(smoke, "repro", "--single-item", "train@cim-0", env=environment)
         assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert "lower k" in errors[0]
-        assert {p: p.stat().st_mtime_ns for p in (smoke / "results/evaluate").iterdir()} == before
+        changed[0].write_text(before[0])
+        done = dvc(smoke, "repro", "--single-item", "train@cim-0", env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert stages_run(done) == {"train@cim-0"}
+        assert "kept: artifacts/train/cim-0 was trained from the same inputs" in done.stdout
+        assert {path: path.stat().st_mtime_ns for path in made} == times
     finally:
-        (smoke / "params.yaml").write_text(params)
-    # With the parameter corrected, the weights are kept and nothing else runs.
-    done = dvc(smoke, "repro")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert stages_run(done) <= {"train@cim-0", "site"}
+        for path, text in zip(changed, before, strict=True):
+            path.write_text(text)
+    assert set(json.loads(dvc(smoke, "status", "--json").stdout)) <= {"train@cim-0", "site"}
 
 
 def test_a_reward_parameter_reruns_training_and_what_follows_only(smoke):
@@ -198,19 +186,3 @@ def test_a_reward_parameter_reruns_training_and_what_follows_only(smoke):
     done = dvc(smoke, "repro")
     assert done.returncode == 0, done.stderr[-2000:]
     assert stages_run(done) == {"train@cim-0", "on_sft@0", "captions", "evaluate", "results", "site"}
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_workspace_never_replaces_something_else(tmp_path, kind):
-    target = tmp_path / "mine"
-    if kind == "file":
-        target.write_text("mine")
-    else:
-        target.mkdir()
-        (target / "README.md").write_text("mine")
-    done = subprocess.run(
-        [sys.executable, "-m", "cim.cli", "pipeline", str(target)], cwd=ROOT, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert str(target) in done.stderr
-    assert (target if kind == "file" else target / "README.md").read_text() == "mine"

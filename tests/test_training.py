@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import two_processes
 from cim import code
@@ -24,7 +26,8 @@ from cim.cli import __main__ as cli
 from cim.errors import CimError
 from cim.params import group, read_params
 from cim.pipeline.compose import compose
-from cim.train import grpo, launch
+from cim.train import checkpoints as checkpoints_module
+from cim.train import grpo, job, launch
 from cim.train.batches import grpo_batches, sft_batches
 from cim.train.checkpoints import COMPLETE, last_checkpoint
 from cim.train.job import INPUTS, check_possible, training_images
@@ -32,7 +35,7 @@ from cim.train.preflight import GIB, Size, memory, plan
 from cim.train.reward import SampleLog
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
 from cim.train.summary import curves, run_metrics
-from conftest import ROOT, change, train
+from conftest import ROOT, assert_the_same, change, train
 
 ARTIFACTS = Path("artifacts")
 
@@ -138,6 +141,19 @@ def test_checkpoints_belong_to_what_they_were_made_from(workspace, trained, inte
     assert "checkpoint-2" in capsys.readouterr().out
 
 
+def test_gradient_checkpointing_changes_no_adapter(workspace):
+    """Nothing would be learned where the frozen embeddings' output has no gradient."""
+    change(train={"steps": 2, "images_per_step": 2, "warmup_steps": 0, "lora_rank": 2})
+    folders = []
+    for on in (False, True):
+        folders.append(train("cim-0", compute={"gradient_checkpointing": on}).rename(f"checkpointing-{on}"))
+    without, with_it = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    moved = [name for name, tensor in with_it.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(moved) == sum("lora_B" in name for name in with_it)
+    for name, tensor in without.items():
+        torch.testing.assert_close(with_it[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_two_processes_give_the_rewards_and_advantages_of_one(workspace):
     """Of the same batch; with six captions each, the second of three groups of four lies in both processes."""
     change(train={"steps": 1, "images_per_step": 3, "group_size": 4, "max_completion": 12})
@@ -167,49 +183,75 @@ def test_two_processes_give_the_rewards_and_advantages_of_one(workspace):
     np.testing.assert_allclose(by_group.std(ddof=1), spread / (spread + 1e-4), rtol=1e-3)
 
 
+@pytest.mark.parametrize("run", ["cim-0", "sft-0"])
+def test_a_run_stopped_anywhere_ends_as_if_unbroken(workspace, monkeypatch, run):
+    """Where checkpoints of Trainer and TRL alone are not enough."""
+    change(train={"steps": 5, "images_per_step": 8, "save_every": 1}, sft={"steps": 5, "batch_size": 8})  # 2.5 epochs
+    whole = train(run).rename("whole")
+
+    def stop(*args, **kwargs):
+        raise Interrupt
+
+    def delete_half(folder, *_):
+        next(Path(folder).glob("checkpoint-*/optimizer.pt")).unlink()
+        raise Interrupt
+
+    def stop_at(step, mark=checkpoints_module.MarkComplete.on_save):
+        def on_save(self, args, state, control, **kwargs):
+            mark(self, args, state, control, **kwargs)
+            return stop() if state.global_step == step else None
+
+        return on_save
+
+    for owner, name, instead in (
+        (checkpoints_module.MarkComplete, "on_save", stop),  # before a checkpoint is marked
+        (checkpoints_module.MarkComplete, "on_save", stop_at(2)),  # between two epochs
+        (checkpoints_module.MarkComplete, "on_save", stop_at(3)),  # within the second
+        (checkpoints_module, "rotate_checkpoints", delete_half),  # while an older checkpoint is deleted
+        (job, "write_card", stop),  # while the result is written
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, instead)
+            with pytest.raises(Interrupt):
+                train(run)
+    assert_the_same(train(run), whole)
+
+
+def spin():
+    while True:
+        pass
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="open: on a loaded machine the reward of the last step was seen to differ by 1.5e-4; the cause is not known",
-)
-def test_killed_at_five_random_moments_it_ends_as_if_unbroken(workspace):
-    groups = {"train": {"steps": 8, "save_every": 1, "validation": 2, "max_completion": 12, "images_per_step": 2}}
-    change(**groups)
-    out, whole = ARTIFACTS / "train" / "cim-3", Path("whole")
+def test_killed_at_random_moments_on_a_busy_machine_it_ends_as_if_unbroken(workspace):
+    change(train={"steps": 8, "save_every": 1, "validation": 2, "max_completion": 12, "images_per_step": 2})
     # Processes that start with everything imported: only the training is repeated, each time as a user starts it.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["trl", "peft", "open_clip", "cim.train.grpo"])
 
-    def start():
-        process = server.Process(target=grpo.train, args=("cim-3", read_params(), ARTIFACTS))
+    def start(target, *args):
+        process = server.Process(target=target, args=args, daemon=True)
         process.start()
         return process
 
-    unbroken = start()
-    unbroken.join()
-    out.rename(whole)
-    chance = random.Random(0)
-    for kill in range(5):
+    run = "cim-3", read_params(), ARTIFACTS
+    start(grpo.train, *run).join()
+    whole = (ARTIFACTS / "train" / "cim-3").rename("whole")
+    busy, chance = start(spin), random.Random(0)
+    for kill in range(4):
         before = set(checkpoints("cim-3"))
-        process = start()
+        process = start(grpo.train, *run)
         # Once this try has begun to write a checkpoint, at any moment of the next two steps.
         deadline = time.time() + 60
         while time.time() < deadline and process.is_alive() and not set(checkpoints("cim-3")) - before:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.25) if kill else 0.0)  # the first inside its checkpoint
+        time.sleep(chance.uniform(0, 0.5) if kill else 0.0)  # the first inside its checkpoint
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    start().join()
-
-    def values(folder, key):
-        rows = json.loads((folder / "log.json").read_text())
-        return [(row["step"], row[key]) for row in rows if key in row]
-
-    for key in ("reward", "loss", "kl", "eval_reward"):
-        np.testing.assert_allclose(values(out, key), values(whole, key), rtol=1e-4, atol=1e-6, err_msg=key)
-    for name in ("model.safetensors", "samples.jsonl"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    busy.kill()
+    start(grpo.train, *run).join()
+    assert_the_same(ARTIFACTS / "train" / "cim-3", whole)
 
 
 def test_an_incomplete_checkpoint_is_deleted_and_others_stay(tmp_path, capsys):

@@ -1,6 +1,7 @@
-"""Called by test_training.py, or started by torchrun: one GRPO batch of captions that are given, not sampled.
+"""Training in several processes of a CPU, with captions that are given, not sampled, so that they do not depend on them.
 
-Writes RANK.json: each caption of this process with its image, reward and advantage.
+Called by test_training.py, or started by torchrun, one GRPO batch; writes RANK.json: each caption of this process with
+its image, reward and advantage.
 """
 
 import json
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, DistributedType
+from transformers import GenerationMixin
 
 from cim.params import read_params
 from cim.train.grpo import load_scorer, make_trainer
@@ -24,15 +27,25 @@ CAPTIONS = (
 )
 
 
-def main(out: Path) -> None:
-    job = Job("cim-0", read_params(), Path("artifacts")).load()
-    trainer = make_trainer(job, load_scorer(job, job.artifacts), out / "checkpoints")
-    state, group = PartialState(), job.settings.group_size
-    tokenizer = job.processor.tokenizer
+def allow_sharing_on_a_cpu() -> None:
+    """Let accelerate divide weights among processes of a CPU: 1.15 knows FSDP on GPUs only, and would copy them."""
+    init = AcceleratorState.__init__
 
-    def generate(input_ids, **_):
-        """In place of the model's: the same caption for the same place in its group, whichever process holds it."""
-        first = state.process_index * len(input_ids)
+    def shared(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = shared
+
+
+def give_captions(trainer):
+    """The trainer, for which any model says the same for the same place in a group, whichever process holds it."""
+    tokenizer, group = trainer.processing_class.tokenizer, trainer.num_generations
+
+    def generate(self, input_ids, **_):
+        first = trainer.accelerator.process_index * len(input_ids)
         texts = [CAPTIONS[(first + row) % group] for row in range(len(input_ids))]
         words = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")[
             "input_ids"
@@ -40,7 +53,13 @@ def main(out: Path) -> None:
         words[words == tokenizer.pad_token_id] = tokenizer.eos_token_id
         return torch.cat([input_ids, words.to(input_ids.device)], dim=1)
 
-    trainer.accelerator.unwrap_model(trainer.model).generate = generate
+    GenerationMixin.generate = generate
+    return trainer
+
+
+def main(out: Path) -> None:
+    job = Job("cim-0", read_params(), Path("artifacts")).load()
+    trainer = give_captions(make_trainer(job, load_scorer(job, job.artifacts), out / "checkpoints"))
     record, reward = {}, trainer.reward_funcs[0]
 
     def recorded(completions, image_id, **columns):
@@ -55,7 +74,7 @@ def main(out: Path) -> None:
     def scored(inputs):
         batch = score(inputs)
         record["advantage"] = batch["advantages"].tolist()
-        out.joinpath(f"{state.process_index}.json").write_text(json.dumps(record))
+        out.joinpath(f"{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
         return batch
 
     trainer._generate_and_score_completions = scored

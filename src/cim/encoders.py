@@ -16,30 +16,17 @@ from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import PositiveInt
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cim.errors import CimError
 from cim.images import open_image
-from cim.params import Settings
+from cim.params import EncoderSettings
 from cim.processes import bfloat16_if_fast, default_device
-
-
-class EncoderSettings(Settings):
-    """The `encoders` group: which text and image encoder, how many inputs at once, and the text's precision."""
-
-    text: str
-    image: str
-    text_batch: PositiveInt = 32
-    image_batch: PositiveInt = 128
-    # bfloat16 is used only where the hardware computes in it, else float32.
-    text_precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class TextEncoder:
@@ -74,7 +61,7 @@ class ImageEncoder:
         batch_size: int = 128,
         device: torch.device | None = None,
     ):
-        self.spec, self.batch_size, self.device = spec, batch_size, device or default_device()
+        self.spec, self.model, self.batch_size, self.device = spec, model, batch_size, device or default_device()
         self._preprocess, self._embed, self._embed_text = preprocess, embed, embed_text
         self.reads_text = embed_text is not None
         model.eval().to(self.device)

@@ -14,9 +14,20 @@ class CimError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a CimError as one line and exit with status 2."""
+    """Print what stops a command as one line, and exit: status 130 if interrupted; status 2 for a CimError, a file that
+    cannot be read or written, and text in another encoding.
+    """
     try:
         yield
+        return
+    except KeyboardInterrupt:
+        problem, status = "interrupted; rerun the same command to resume", 130
+    except UnicodeDecodeError as error:
+        problem, status = f"a file is not {error.encoding} ({error.reason} at byte {error.start}); save it as UTF-8", 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        problem, status = f"{where}{error.strerror or error}; fix this and rerun the same command", 2
     except CimError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        problem, status = str(error), 2
+    print("error:", " ".join(problem.split()), file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""Writing files safely: all or nothing, never over something that is not ours, full disks reported in one line."""
+"""Reading text, and writing files safely: all or nothing, never over something else, full disks as one clear line."""
 
 import errno
 import hashlib
@@ -34,33 +34,86 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, all or nothing."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    """Write a JSON file, all or nothing; NaN and infinity, which JSON does not have, become null."""
+    write_text(path, json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_metrics(path: Path | str, metrics: dict) -> None:
-    """Write a metrics file, rounded to five digits so that diffs are readable; NaN becomes null."""
-    write_json(path, _rounded(metrics))
+    """Write a metrics file, rounded to five digits so that diffs are readable."""
+    write_json(path, _plain(metrics, digits=5))
 
 
-def _rounded(value):
+def _plain(value, digits: int | None = None):
     if isinstance(value, dict):
-        return {str(k): _rounded(v) for k, v in value.items()}
+        return {str(k): _plain(v, digits) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
+        return [_plain(v, digits) for v in value]
     if isinstance(value, (int, str)) or not hasattr(value, "__float__"):
         return value
-    return None if math.isnan(value) else round(float(value), 5)
+    if not math.isfinite(value):
+        return None
+    return float(value) if digits is None else round(float(value), digits)
+
+
+def read_text(path: Path | str) -> str:
+    """The content of a text file: UTF-8, or what its byte order mark says.
+
+    Raises:
+        CimError: where it cannot be read or decoded.
+    """
+    try:
+        content = Path(path).read_bytes()
+        return content.decode(encoding := json.detect_encoding(content))
+    except OSError as error:
+        raise CimError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise CimError(f"{path}: not {encoding} ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def read_json(path: Path | str) -> Any:
-    """The content of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The content of a JSON file; a CimError where it cannot be read or is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CimError(f"{path}: not valid JSON ({error}); restore or delete it") from None
+
+
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, such as halves of an emoji that was cut; UTF-8 cannot encode those."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold PATH.lock, a file that is removed at the end.
+
+    Raises:
+        CimError: where another process holds it.
+    """
+    from filelock import FileLock, Timeout  # here, since reading results needs no lock: see binder/requirements.txt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CimError(f"{path}: another process is writing it; wait until it has finished") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def short_digest(value: Any) -> str:
     """Short SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder as the name of an output file, before any work starts."""
+    if path.is_dir():
+        raise CimError(f"{path}: is a folder; give the name of a file")
 
 
 def refuse_foreign(folder: Path, mark: str, what: str) -> None:

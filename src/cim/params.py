@@ -1,12 +1,14 @@
 """Groups of params.yaml as typed settings: a wrong name, type or value is one clear error before any work starts."""
 
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from cim.errors import CimError
+from cim.files import read_text
 
 PARAMS_FILE = Path("params.yaml")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,12 +22,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class EncoderSettings(Settings):
+    """The `encoders` group: which text and image encoder, how many inputs at once, and the text's precision.
+
+    Here, and not in cim.encoders, so that checking parameters imports no PyTorch.
+    """
+
+    text: str
+    image: str
+    text_batch: PositiveInt = 32
+    image_batch: PositiveInt = 128
+    # bfloat16 is used only where the hardware computes in it, else float32.
+    text_precision: Literal["float32", "bfloat16"] = "float32"
+
+
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """The parameters file as a dictionary of groups."""
+    if not path.exists():
+        raise CimError(f"{path}: not found; run from the repository's root")
     try:
-        params = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CimError(f"{path}: not found; run from the repository's root") from None
+        params = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise CimError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
@@ -40,15 +56,16 @@ def group(cls: type[S], values: dict[str, Any] | None, name: str) -> S:
         CimError: for a missing group, and for the first unknown, missing or invalid parameter.
     """
     if not isinstance(values, dict):
-        raise CimError(f"parameters: group '{name}' is missing or not a mapping")
+        raise CimError(f"parameters: group '{name}' is missing or not a mapping; 'cim params' prints all groups")
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-    where = ".".join(map(str, (name, *first["loc"])))
+    outer, where = (".".join(map(str, (name, *loc))) for loc in (first["loc"][:-1], first["loc"]))
     match first["type"]:
         case "extra_forbidden":
-            raise CimError(f"parameters: '{where}' is unknown; '{name}' takes {', '.join(cls.model_fields)}")
+            inner = reduce(lambda nested, field: nested.model_fields[field].annotation, first["loc"][:-1], cls)
+            raise CimError(f"parameters: '{where}' is unknown; '{outer}' takes {', '.join(inner.model_fields)}")
         case "missing":
             raise CimError(f"parameters: '{where}' is missing")
         case "value_error" | "assertion_error":

@@ -4,25 +4,61 @@ All embeddings are L2-normalised along their last axis; n captions, k retrieved 
 """
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from scipy.special import softmax
+
+from cim.params import Settings, Share
 
 
-def gallery_representation_consistency(retrieved: np.ndarray) -> np.ndarray:
+class RewardSettings(Settings):
+    """The `reward` group: K images are retrieved; CIM = grc_weight * GRC + beta * QIR; lambda(r) = decay^(r-1).
+
+    Attributes:
+        k: None for the whole gallery, which a temperature makes useful.
+        temperature: lambda is instead a softmax of the retrieved captions' similarity over it, in GRC too.
+        exclude_source: a caption may not retrieve its own source image.
+        center: image embeddings without the gallery's mean.
+        whiten: 0 to 1; their principal components divided by this power of their standard deviations, centred too.
+    """
+
+    k: PositiveInt | None = 3
+    beta: NonNegativeFloat = 1.0
+    decay: float = Field(0.5, gt=0, le=1)
+    temperature: PositiveFloat | None = None
+    grc_weight: NonNegativeFloat = 1.0
+    exclude_source: bool = True
+    center: bool = False
+    whiten: Share = 0.0
+
+
+def gallery_representation_consistency(retrieved: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """GRC, the mean resultant length of each caption's retrieved images: how alike they are.
 
         GRC(c) = || 1/K sum_r u(x_r) ||
 
     Args:
         retrieved: (n, k, d) image embeddings.
+        weights: (n, k) that sum to 1, in place of 1/K.
 
     Returns:
         (n,) values in [0, 1]; 1 where all k images point the same way.
     """
-    return np.linalg.norm(retrieved.mean(axis=1), axis=-1)
+    mean = retrieved.mean(axis=1) if weights is None else np.einsum("nk,nkd->nd", weights, retrieved)
+    return np.linalg.norm(mean, axis=-1)
 
 
 def rank_weights(k: int, decay: float = 0.5) -> np.ndarray:
     """lambda(r) = decay^(r-1) for ranks r = 1..k, as (k,); the published schedule halves with each rank."""
     return decay ** np.arange(k, dtype=np.float64)
+
+
+def similarity_weights(similarity: np.ndarray, temperature: float) -> np.ndarray:
+    """lambda by (n, k) similarities of the retrieved captions to the query, instead of by rank; ours, not the paper's.
+
+    Returns:
+        (n, k) weights that sum to 1: a softmax of similarity / temperature.
+    """
+    return softmax(similarity / temperature, axis=-1)
 
 
 def query_gallery_image_relevance(source: np.ndarray, retrieved: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -33,12 +69,12 @@ def query_gallery_image_relevance(source: np.ndarray, retrieved: np.ndarray, wei
     Args:
         source: (n, d) embedding of each caption's source image.
         retrieved: (n, k, d) embeddings of its retrieved images, best first.
-        weights: (k,) lambda(r). They are not normalised: the range is +- their sum (1.75 at K = 3).
+        weights: (k,) lambda(r), or (n, k). Ranks' are not normalised: the range is +- their sum (1.75 at K = 3).
 
     Returns:
         (n,) values in [-sum(weights), sum(weights)].
     """
-    return np.einsum("nd,nkd,k->n", source, retrieved, weights)
+    return np.einsum(f"nd,nkd,{'k' if weights.ndim == 1 else 'nk'}->n", source, retrieved, weights)
 
 
 def cim(grc: np.ndarray, qir: np.ndarray, beta: float = 1.0, grc_weight: float = 1.0) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Training runs by name, METHOD-SEED as in cim-0, and labels of methods; imports no heavy library."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from cim.errors import CimError
@@ -50,6 +51,17 @@ def with_variant(params: dict[str, Any], method: str) -> tuple[dict[str, Any], s
     if method not in known:
         raise CimError(f"method '{method}' is unknown; choose one of {', '.join((*known, *variants))}")
     return params, "cim" if method == ON_SFT else method
+
+
+def label(method: str) -> str:
+    """A method's name in tables and figures."""
+    return LABELS.get(method, method.replace("_", " "))
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods in the order of tables and figures: the base first, variants last."""
+    order = {method: place for place, method in enumerate(LABELS)}
+    return sorted(methods, key=lambda method: (order.get(method, len(order)), method))
 
 
 def all_runs(runs: dict[str, list]) -> list[str]:

@@ -1,6 +1,7 @@
 """Score files of user captions in batches; if interrupted, the same call resumes."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,12 +10,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from cim.errors import CimError
-from cim.files import replacing, write_text
+from cim.files import locked, refuse_folder, replacing, write_text
 from cim.gallery.shards import Record, shards_of, source_files
 from cim.scorer import Scorer
 
 BATCH = 512  # captions scored between two writes
 SCORES = ("grc", "qir", "cim")
+SHOWN = 20  # retrieved items that are listed
 
 
 def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path | None = None) -> pd.DataFrame:
@@ -25,13 +27,18 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
         out: .jsonl or .parquet. OUT.progress holds the finished rows until all are done.
 
     Returns:
-        Columns image_id, image, caption, grc, qir, cim, retrieved (the k retrieved items, best first) and error:
-        why a row could not be scored, else null.
+        Columns image_id, image, caption, grc, qir, cim, in_gallery (whether the gallery holds the image itself),
+        retrieved (the best SHOWN of the k retrieved items) and error: why a row could not be scored, else null.
 
     Raises:
         CimError: where a source or the gallery cannot be used, or `out` must not be written.
     """
     check_outputs(sources, scorer.gallery.folder, out)
+    with locked(out):
+        return _score_files(scorer, sources, out, image_root)
+
+
+def _score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path | None) -> pd.DataFrame:
     shards = shards_of(sources, rows=BATCH, image_root=image_root)
     inputs = {
         "shards": [shard.name for shard in shards],
@@ -40,7 +47,7 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
     }
     progress = _progress(out)
     done = _resume(progress, {"made_of": inputs})
-    records = islice((record for shard in shards for record in shard.read()), done, None)
+    records = islice(_named_once(record for shard in shards for record in shard.read()), done, None)
     with progress.open("a", encoding="utf-8") as lines, tqdm(desc="captions", initial=done, mininterval=2) as bar:
         while batch := list(islice(records, BATCH)):
             lines.write(_lines(_score_batch(scorer, batch)))
@@ -50,13 +57,24 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
     if not rows:
         raise CimError(f"{', '.join(map(str, sources))}: no captions there")
     frame = pd.DataFrame(rows)
+    write_scores(frame, out)
+    progress.unlink()
+    return frame
+
+
+def write_scores(frame: pd.DataFrame, out: Path) -> None:
+    """Write rows of score_files to a .jsonl or .parquet file."""
     with replacing(out) as partial:
         if out.suffix == ".parquet":
             frame.to_parquet(partial, index=False)
         else:
-            partial.write_text(_lines(rows), encoding="utf-8")
-    progress.unlink()
-    return frame
+            partial.write_text(_lines(frame.to_dict("records")), encoding="utf-8")
+
+
+def best_captions(scores: pd.DataFrame, by: str = "cim") -> pd.DataFrame:
+    """Of the rows of score_files, the one of each image with the highest score `by`; the first of equal ones."""
+    scored = scores[scores["error"].isna()].sort_values(by, ascending=False, kind="stable")
+    return scored.drop_duplicates("image_id").sort_index()
 
 
 def check_outputs(sources: list[Path], gallery: Path, out: Path, html: Path | None = None) -> None:
@@ -68,8 +86,7 @@ def check_outputs(sources: list[Path], gallery: Path, out: Path, html: Path | No
     inputs = {gallery.resolve(), *(path.resolve() for path in source_files(sources))}
     outputs = {out: (".jsonl", ".parquet")} | ({html: (".html", ".htm")} if html else {})
     for path, suffixes in outputs.items():
-        if path.is_dir():
-            raise CimError(f"{path}: is a folder; give the name of a file")
+        refuse_folder(path)
         if path.suffix not in suffixes:
             raise CimError(f"{path}: should end in {' or '.join(suffixes)}")
         if inputs & {path.resolve(), path.resolve().parent}:
@@ -83,23 +100,34 @@ def _progress(out: Path) -> Path:
     return out.with_name(f"{out.name}.progress")
 
 
-def _score_batch(scorer: Scorer, records: list[Record]) -> Iterator[dict]:
-    unreadable: dict[str, str] = {}
-    scorer.add_images({record.image_id: record.open for record in records}, unreadable)
-    good = [record for record in records if record.image_id not in unreadable]
-    scores, found = scorer.scores_and_rows([r.caption for r in good], [r.image_id for r in good])
+def _named_once(records: Iterable[Record]) -> Iterator[tuple[Record, str | None]]:
+    """The records, each with an error where an earlier one has its image_id for another image."""
+    images: dict[str, str] = {}
+    for record in records:
+        image = record.image if record.content is None else record.digest()
+        clash = f"image_id '{record.image_id}' names another image in an earlier row; give each image its own"
+        yield record, None if images.setdefault(record.image_id, image) == image else clash
+
+
+def _score_batch(scorer: Scorer, batch: list[tuple[Record, str | None]]) -> Iterator[dict]:
+    errors: dict[str, str] = {}
+    scorer.add_images({record.image_id: record.source for record, clash in batch if not clash}, errors)
+    batch = [(record, clash or errors.get(record.image_id)) for record, clash in batch]
+    good = [record for record, error in batch if not error]
+    ids = [record.image_id for record in good]
+    scores, found = scorer.scores_and_rows([record.caption for record in good], ids)
+    found = found[:, :SHOWN]
+    scores["in_gallery"] = scorer.gallery_rows(ids) >= 0
     # One look-up for the batch: an empty caption, which retrieves nothing, takes row 0 and drops it below.
     retrieved = iter(scorer.gallery.take(found.clip(min=0)).to_dict("records"))
-    items = iter(zip(scores.to_dict("records"), found, strict=True))
-    for record in records:
+    items = iter(zip(scores.round(6).to_dict("records"), found, strict=True))
+    for record, error in batch:
         row = {"image_id": record.image_id, "image": record.image, "caption": record.caption}
-        if record.image_id in unreadable:
-            yield {**row, **dict.fromkeys(SCORES), "retrieved": [], "error": unreadable[record.image_id]}
-            continue
-        values, rows = next(items)
-        nearest = list(islice(retrieved, len(rows)))
-        values = {name: round(value, 6) for name, value in values.items()}
-        yield {**row, **values, "retrieved": nearest if rows[0] >= 0 else [], "error": None}
+        values, rows = (dict.fromkeys(scores), [-1]) if error else next(items)
+        nearest = [] if error else list(islice(retrieved, len(rows)))
+        if not error and not math.isfinite(values["cim"]):
+            values, error = dict.fromkeys(scores), "an encoder gives NaN for it; use another precision or encoder"
+        yield {**row, **values, "retrieved": nearest if rows[0] >= 0 else [], "error": error}
 
 
 def _resume(progress: Path, head: dict) -> int:
@@ -112,7 +140,10 @@ def _resume(progress: Path, head: dict) -> int:
 
 def _read(path: Path) -> list[dict]:
     """The rows of a JSON Lines file, without a last line that an interruption cut short."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="ignore").split("\n")[:-1]]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="ignore").split("\n")[:-1]]
+    except ValueError as error:
+        raise CimError(f"{path}: damaged ({error}); delete it") from None
 
 
 def _lines(rows: Iterable[dict]) -> str:
@@ -122,7 +153,9 @@ def _lines(rows: Iterable[dict]) -> str:
 def summary(frame: pd.DataFrame, shown: int = 10) -> str:
     """A table for the terminal: the mean of each score with its 95 % interval, and the first captions."""
     good = frame[frame["error"].isna()]
-    lines = [f"{len(good)} captions", *(f"{name:>4}  {_interval(good[name])}" for name in SCORES), ""]
+    images = good.groupby("image_id")["in_gallery"].first()
+    lines = [f"{len(good)} captions of {len(images)} images, of which {images.sum()} are in the gallery themselves"]
+    lines += [*(f"{name:>4}  {_interval(good[name])}" for name in SCORES), ""]
     head = good.head(shown)[["image_id", *SCORES, "caption"]]
     head = head.assign(caption=head["caption"].str.slice(0, 60))
     lines.append(head.to_string(index=False, float_format=lambda v: f"{v:.3f}", justify="left"))

@@ -1,42 +1,23 @@
 """From captions to rewards: one pass of encoding, search and gathering for a whole batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
-from PIL.Image import Image
-from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from cim import rewards
 from cim.data.manifest import Manifest
 from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.search import blocks
-from cim.gallery.store import Gallery, load_gallery, read_info
-from cim.images import open_image
-from cim.params import Settings, Share
+from cim.gallery.store import SMALL, Gallery, load_gallery, read_info
+from cim.images import content_digest, open_image, read_stored
+from cim.rewards import RewardSettings
 
 GATHERED = 16_384  # retrieved embeddings in memory at once
-
-
-class RewardSettings(Settings):
-    """The `reward` group: K images are retrieved; CIM = grc_weight * GRC + beta * QIR; lambda(r) = decay^(r-1).
-
-    Attributes:
-        exclude_source: a caption may not retrieve its own source image.
-        center: image embeddings without the gallery's mean.
-        whiten: 0 to 1; their principal components divided by this power of their standard deviations, centred too.
-    """
-
-    k: PositiveInt = 3
-    beta: NonNegativeFloat = 1.0
-    decay: float = Field(0.5, gt=0, le=1)
-    grc_weight: NonNegativeFloat = 1.0
-    exclude_source: bool = True
-    center: bool = False
-    whiten: Share = 0.0
 
 
 class Scorer:
@@ -44,9 +25,29 @@ class Scorer:
 
     def __init__(self, gallery: Gallery, text: TextEncoder, image: ImageEncoder, settings: RewardSettings):
         self.gallery, self.text, self.image, self.settings = gallery, text, image, settings
-        self.weights = rewards.rank_weights(settings.k, settings.decay)
         self._sources: dict[str, np.ndarray] = {}
-        self._gallery_images: np.ndarray | None = None
+        self._copies: dict[str, int] = {}  # gallery row of source images that are there under another image_id
+        self._gallery_images: np.ndarray | None = None  # all of them
+        self._compared: np.ndarray | None = None  # all of them, transformed
+
+    def at(self, settings: RewardSettings) -> Self:
+        """The same scorer, with its source images, at other settings of the reward."""
+        other = type(self)(self.gallery, self.text, self.image, settings)
+        other._sources, other._copies = self._sources, self._copies
+        return other
+
+    @property
+    def k(self) -> int:
+        """How many images a caption retrieves.
+
+        Raises:
+            CimError: for the whole of a gallery that is too large for it.
+        """
+        if self.settings.k is None and len(self.gallery) > SMALL:
+            raise CimError(
+                f"{self.gallery.folder}: reward.k=null takes galleries of up to {SMALL:,} rows; set reward.k"
+            )
+        return self.settings.k or len(self.gallery) - self.settings.exclude_source
 
     def add_sources(self, manifest: Manifest, progress: bool = False) -> None:
         """Embed the images of a manifest, so that captions can be scored by their image_id.
@@ -54,25 +55,39 @@ class Scorer:
         Images of the gallery keep the embedding they have there.
         """
         ids = manifest.frame["image_id"].to_numpy()
-        rows = self.gallery.rows_of(ids)
+        if "digest" in manifest.frame:
+            self._find_copies(ids, manifest.frame["digest"])
+        rows = self.gallery_rows(ids)
         known = rows >= 0
         self._sources.update(zip(ids[known], self.gallery.image_vectors(rows[known]), strict=True))
         rest = manifest.take(np.flatnonzero(~known))
         self._sources.update(zip(ids[~known], self.image.encode(rest.image_paths, progress=progress), strict=True))
 
-    def add_images(self, images: Mapping[str, Callable[[], Image]], unreadable: dict[str, str] | None = None) -> None:
+    def add_images(self, images: Mapping[str, Path | str | bytes], unreadable: dict[str, str] | None = None) -> None:
         """Embed single images, so that captions can be scored by their image_id; known ones are skipped.
 
         Args:
-            images: image_id to a function that opens the image.
+            images: image_id to the image's place or content, as open_image takes it.
             unreadable: receives the images that cannot be read, with the reason; if None, the first is an error.
         """
         new = [image_id for image_id in images if image_id not in self._sources]
         bad: dict[int, str] = {}
-        vectors = self.image.encode([images[i] for i in new], unreadable=None if unreadable is None else bad)
+        opened = [partial(open_image, images[image_id], image_id) for image_id in new]
+        vectors = self.image.encode(opened, unreadable=None if unreadable is None else bad)
         if bad:
             unreadable.update((new[position], reason) for position, reason in bad.items())
-        self._sources.update((i, v) for p, (i, v) in enumerate(zip(new, vectors, strict=True)) if p not in bad)
+        read = {i: vector for p, (i, vector) in enumerate(zip(new, vectors, strict=True)) if p not in bad}
+        self._sources.update(read)
+        strangers = [i for i, row in zip(read, self.gallery.rows_of(list(read)), strict=True) if row < 0]
+        self._find_copies(strangers, [content_digest(read_stored(images[i])) for i in strangers])
+
+    def _find_copies(self, image_ids: Sequence[str], digests: Sequence[str]) -> None:
+        self._copies.update((i, r) for i, r in zip(image_ids, self.gallery.copies_of(digests), strict=True) if r >= 0)
+
+    def gallery_rows(self, image_ids: Sequence[str]) -> np.ndarray:
+        """(n,) gallery row of each source image, by its image_id or its file's content; -1 if it is not there."""
+        rows = self.gallery.rows_of(image_ids)
+        return np.where(rows < 0, [self._copies.get(image_id, -1) for image_id in image_ids], rows)
 
     def source_vectors(self, image_ids: Sequence[str]) -> np.ndarray:
         """(n, d) embeddings of source images that were added."""
@@ -81,12 +96,20 @@ class Scorer:
         except KeyError as error:
             raise CimError(f"image '{error.args[0]}' is not among the source images; add its manifest first") from None
 
-    def retrieve(self, captions: Sequence[str], image_ids: Sequence[str] | None = None) -> np.ndarray:
-        """(n, k) gallery rows retrieved by each caption; repeated captions are encoded once."""
-        distinct, inverse = np.unique(np.asarray(captions, dtype=object), return_inverse=True)
-        excludes = self.settings.exclude_source and image_ids is not None
-        exclude = self.gallery.rows_of(image_ids) if excludes else None
-        return self.gallery.search(self.text.encode(distinct.tolist())[inverse], self.settings.k, exclude)
+    def retrieve(
+        self, captions: Sequence[str], image_ids: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(n, k) gallery rows that each caption retrieves, and their weights, (k,) or (n, k), in QIR.
+
+        Repeated captions are encoded once.
+        """
+        s, (distinct, inverse) = self.settings, np.unique(np.asarray(captions, dtype=object), return_inverse=True)
+        queries = self.text.encode(distinct.tolist())[inverse]
+        exclude = self.gallery_rows(image_ids) if s.exclude_source and image_ids is not None else None
+        rows = self.gallery.search(queries, self.k, exclude)
+        if s.temperature is None:
+            return rows, rewards.rank_weights(self.k, s.decay)
+        return rows, rewards.similarity_weights(self.gallery.similarity(queries, rows), s.temperature)
 
     def retrieval_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
         """GRC, QIR and CIM of each caption, columns grc, qir, cim; an empty caption gets the lowest value of each."""
@@ -94,30 +117,43 @@ class Scorer:
 
     def scores_and_rows(self, captions: Sequence[str], image_ids: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
         """The retrieval_scores, and the (n, k) gallery rows that each caption retrieved, -1 for an empty one."""
-        filled = _not_empty(captions)
+        s, filled = self.settings, _not_empty(captions)
         grc = np.zeros(len(filled))
-        qir = np.full(len(filled), -self.weights.sum())
-        rows = np.full((len(filled), self.settings.k), -1)
+        qir = np.full(len(filled), -1.0 if s.temperature else -rewards.rank_weights(self.k, s.decay).sum())
+        rows = np.full((len(filled), self.k), -1)
         if filled.any():
             texts = [c for c, keep in zip(captions, filled, strict=True) if keep]
             ids = [i for i, keep in zip(image_ids, filled, strict=True) if keep]
-            rows[filled] = self.retrieve(texts, ids)
-            grc[filled], qir[filled] = self._compare(rows[filled], self.source_vectors(ids))
-        cim = rewards.cim(grc, qir, self.settings.beta, self.settings.grc_weight)
+            rows[filled], weights = self.retrieve(texts, ids)
+            grc[filled], qir[filled] = self._compare(rows[filled], weights, self.source_vectors(ids))
+        cim = rewards.cim(grc, qir, s.beta, s.grc_weight)
         return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim}), rows
 
-    def _compare(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) GRC and (n,) QIR of (n, k) retrieved rows, for (n, d) source embeddings."""
-        # Captions of one image retrieve much the same rows: each is read and transformed once.
-        distinct, place = np.unique(rows, return_inverse=True)
-        images, source = self._transformed(self.gallery.image_vectors(distinct)), self._transformed(source)
-        scores = []
-        for part in blocks(len(rows), max(1, GATHERED // self.settings.k)):
-            retrieved = images[place.reshape(rows.shape)[part]]
-            grc = rewards.gallery_representation_consistency(retrieved)
-            scores.append((grc, rewards.query_gallery_image_relevance(source[part], retrieved, self.weights)))
+    def _compare(self, rows: np.ndarray, weights: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) GRC and (n,) QIR of (n, k) retrieved rows with these weights, for (n, d) source embeddings."""
+        source, soft, scores = self._transformed(source), weights.ndim == 2, []
+        if soft and len(self.gallery) <= SMALL:
+            # Much of the gallery has a weight: one product, instead of gathering k images for each caption.
+            spread = np.zeros((len(rows), len(self.gallery)), np.float32)
+            np.put_along_axis(spread, rows, weights, 1)
+            centroid = spread @ self._images(np.arange(len(self.gallery)))
+            return np.linalg.norm(centroid, axis=1), np.einsum("nd,nd->n", source, centroid)
+        for part in blocks(len(rows), max(1, GATHERED // self.k)):
+            retrieved, own = self._images(rows[part]), weights[part] if soft else weights
+            grc = rewards.gallery_representation_consistency(retrieved, own if soft else None)
+            scores.append((grc, rewards.query_gallery_image_relevance(source[part], retrieved, own)))
         grc, qir = map(np.concatenate, zip(*scores, strict=True))
         return grc, qir
+
+    def _images(self, rows: np.ndarray) -> np.ndarray:
+        """(*rows.shape, d) transformed embeddings of gallery images."""
+        if self._compared is None and len(self.gallery) <= SMALL:
+            self._compared = self._transformed(self.gallery.image_vectors(np.arange(len(self.gallery))))
+        if self._compared is not None:
+            return self._compared[rows]
+        # Captions of one image retrieve much the same rows: each is read and transformed once.
+        distinct, place = np.unique(rows, return_inverse=True)
+        return self._transformed(self.gallery.image_vectors(distinct))[place.reshape(rows.shape)]
 
     def _transformed(self, vectors: np.ndarray) -> np.ndarray:
         s = self.settings
@@ -126,10 +162,10 @@ class Scorer:
     def score(self, images: Sequence[Path | str], captions: Sequence[str]) -> pd.DataFrame:
         """GRC, QIR and CIM of captions of image files, which need not be in the gallery.
 
-        An image whose path is an image_id of the gallery is not retrieved by its own captions.
+        An image that is in the gallery is not retrieved by its own captions.
         """
         ids = [str(image) for image in images]
-        self.add_images({image_id: partial(open_image, image_id) for image_id in ids})
+        self.add_images(dict(zip(ids, ids, strict=True)))
         return self.retrieval_scores(captions, ids)
 
     def paired_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:

@@ -1,6 +1,8 @@
-"""Greedy captions by any image-text-to-text model, and how diverse captions are."""
+"""Captions by any image-text-to-text model, greedy or sampled, and how diverse captions are."""
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,39 @@ def caption_images(
     return captions
 
 
+@torch.inference_mode()
+def sample_captions(
+    model, processor, manifest: Manifest, settings: ModelSettings, count: int, max_new_tokens: int,
+    temperature: float = 1.0, seed: int = 0, batch: int = 16, progress=True,
+) -> pd.DataFrame:  # fmt: skip
+    """Sample `count` captions of each image of a manifest, reproducibly for the same batch size.
+
+    Returns:
+        Columns image_id, caption and likelihood, the mean log-probability of the caption's tokens at temperature 1.
+    """
+    device, rows = model.device, []
+    ends = torch.tensor([processor.tokenizer.pad_token_id, *np.ravel(model.generation_config.eos_token_id)])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, len(manifest), batch), desc="sampling", disable=not progress, mininterval=2):
+            part = manifest.take(range(start, min(start + batch, len(manifest))))
+            images = [open_image(path) for path in part.image_paths]
+            inputs = prompt_inputs(processor, images, settings).to(device, dtype=model.dtype)
+            out = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                num_return_sequences=count, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            answers = out.sequences[:, inputs["input_ids"].shape[1] :]
+            chosen = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+            # The end token counts, the padding after it does not.
+            counted = (~torch.isin(answers, ends.to(device))).cumprod(1)
+            counted = torch.cat([counted.new_ones(len(counted), 1), counted[:, :-1]], 1)
+            likelihood = (chosen.nan_to_num(neginf=0.0) * counted).sum(1) / counted.sum(1)
+            captions = [c.strip() for c in processor.batch_decode(answers, skip_special_tokens=True)]
+            rows += zip(part.frame["image_id"].repeat(count), captions, likelihood.tolist(), strict=True)
+    return pd.DataFrame(rows, columns=["image_id", "caption", "likelihood"])
+
+
 def diversity(captions: Sequence[str]) -> dict[str, float]:
     """Statistics that reveal a collapse: share of distinct captions, share of the most common one, mean words."""
     counts = pd.Series(list(captions)).value_counts()
@@ -35,3 +70,18 @@ def diversity(captions: Sequence[str]) -> dict[str, float]:
         "most_common": float(counts.iloc[0]) / len(captions),
         "words": float(np.mean([len(c.split()) for c in captions])),
     }
+
+
+def words(caption: str) -> list[str]:
+    """The words of a caption.
+
+    >>> words("A man's T-shirt , red .")
+    ['a', "man's", 't-shirt', 'red']
+    """
+    return re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", caption.lower())
+
+
+def repetition(captions: Sequence[str]) -> np.ndarray:
+    """(n,) share of each caption's pairs of successive words that occurred in it before; 0 where there is no pair."""
+    pairs = [list(pairwise(words(caption))) for caption in captions]
+    return np.array([1 - len(set(own)) / len(own) if own else 0.0 for own in pairs])

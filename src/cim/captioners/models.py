@@ -6,54 +6,20 @@ Nothing depends on a model's name: its processor, its chat template and these se
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
-from pydantic import Field, PositiveInt
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from cim.captioners.settings import ModelSettings
 from cim.errors import CimError
 from cim.images import open_image
-from cim.params import Settings
 from cim.processes import default_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Matches the parameters of a vision tower, by the names that transformers' models give it.
 VISION = r"(.*\.)?(vision_tower|visual|vision_model)\..*"
-
-
-class ModelSettings(Settings):
-    """The `model` group.
-
-    Attributes:
-        name: a local folder, or a name on the hub.
-        revision: a commit, tag or branch on the hub.
-        attention: transformers' attn_implementation; None for its default.
-        processor: options for the processor, such as Qwen's min_pixels or SmolVLM's size.
-        max_pixels: larger images are scaled down to this size before the processor sees them.
-        max_prompt: the most tokens of a prompt with its image; checked before training.
-    """
-
-    name: str
-    prompt: str = Field(pattern=r"\S")
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: str | None = None
-    processor: dict[str, Any] = Field(default_factory=dict)
-    max_pixels: int | None = Field(None, ge=28 * 28)
-    max_prompt: PositiveInt | None = None
-    trust_remote_code: bool = False
-
-    def at(self, folder: Path | str) -> Self:
-        """The same for weights in a folder, as training leaves them."""
-        return self.model_copy(update={"name": str(folder), "revision": None})
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Arguments of every from_pretrained."""
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
 def load_model(settings: ModelSettings, device: torch.device | None = None):

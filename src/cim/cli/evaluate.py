@@ -99,12 +99,12 @@ def _captions(paths: list[Path], labels) -> tuple[dict[str, dict[int, dict[str, 
 
 def _retrieval(arguments: argparse.Namespace, labels):
     """A function that gives GRC, QIR and CIM of captions of the benchmark's images, which are embedded now."""
-    from cim.images import ImageFolder, open_image
+    from cim.images import ImageFolder
     from cim.scorer import load_scorer
 
     if arguments.images is None:
         raise CimError("--gallery needs --images, the folder of the benchmark's images")
     scorer = load_scorer(arguments.gallery, reward_settings(arguments))
     paths = ImageFolder(arguments.images).paths(list(labels.references))
-    scorer.add_images({i: partial(open_image, path) for i, path in zip(labels.references, paths, strict=True)})
+    scorer.add_images(dict(zip(labels.references, paths, strict=True)))
     return scorer.retrieval_scores

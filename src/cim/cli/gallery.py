@@ -33,7 +33,7 @@ def add_commands(commands) -> None:
 
 
 def _settings(arguments: argparse.Namespace):
-    from cim.gallery.store import BuildSettings
+    from cim.gallery.settings import BuildSettings
     from cim.params import group
 
     return group(
@@ -46,14 +46,17 @@ def _build(arguments: argparse.Namespace) -> None:
     from cim.gallery.build import build_gallery, check_target
     from cim.gallery.shards import shards_of
     from cim.gallery.store import read_info
+    from cim.params import EncoderSettings, group
 
     folder, add = arguments.folder, arguments.action == "add"
     settings = _settings(arguments)
     check_target(folder, arguments.sources)
     former = read_info(folder) if add else None
+    specs = {n: former[f"{n}_encoder"]["spec"] if add else getattr(arguments, n) for n in ("text", "image")}
+    encoders = group(EncoderSettings, {**specs, "image_batch": arguments.image_batch}, "encoders")
     shards = shards_of(arguments.sources, settings.shard_rows, arguments.image_root)
-    text = load_text_encoder(former["text_encoder"]["spec"] if add else arguments.text, precision="bfloat16")
-    image = load_image_encoder(former["image_encoder"]["spec"] if add else arguments.image, arguments.image_batch)
+    text = load_text_encoder(encoders.text, precision="bfloat16")
+    image = load_image_encoder(encoders.image, encoders.image_batch)
     info = build_gallery(shards, settings, text, image, folder, add)
     if add:
         print(f"added {info['rows'] - former['rows']:,} rows")

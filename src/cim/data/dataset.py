@@ -21,7 +21,7 @@ class DatasetSettings(Settings):
         source: one of SOURCES.
         folder: the raw inputs of the world, else the data set in its published layout.
         images: the folder of the images; None for the one that the layout names.
-        train, test: how many images; of published data the first, or a random choice of so many, 0 for all.
+        pretrain, train, test: how many images; of published data the first, or a random choice of so many, 0 for all.
     """
 
     source: str
@@ -65,7 +65,7 @@ def _world(s: DatasetSettings, out: Path) -> tuple[pd.DataFrame, Path]:
 # Each takes the settings and the folder to draw to; it returns the manifest's rows and the folder of their images.
 SOURCES = {
     "world": _world,
-    "flickr8k": lambda s, out: flickr8k.read(Path(s.folder), s.images),
+    "flickr8k": lambda s, out: flickr8k.read(Path(s.folder), s.images, s.pretrain, s.train, s.test),
     "sc_captioner": lambda s, out: sc_captioner.read(Path(s.folder), s.images, s.train, s.test, s.seed),
     "oxford_pet": lambda s, out: oxford_pet.read(Path(s.folder), s.images, s.seed),
 }

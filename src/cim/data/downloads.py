@@ -22,6 +22,7 @@ from cim.errors import CimError
 
 BLOCK = 1 << 16  # bytes that an interruption loses at most
 COCO = "http://images.cocodataset.org/zips/"
+FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 
 
@@ -106,6 +107,9 @@ SOURCES = {
     "densefusion": Source("DenseFusion-1M, captions and images of the gallery",
                           "CC BY 4.0; images under their owners' rights",
                           [HubFiles("BAAI/DenseFusion-1M", ["DenseFusion-1M/*", "images/*"])]),
+    "flickr8k": Source("Flickr8k: photos, captions, splits and human judgements",
+                       "research use only; the photos belong to their authors",
+                       [Archive(f"{FLICKR8K}Flickr8k_Dataset.zip"), Archive(f"{FLICKR8K}Flickr8k_text.zip")]),
     "oxford-pet": Source("Oxford-IIIT Pet, for the motivation study", "CC BY-SA 4.0",
                          [Archive(f"{PETS}images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
                           Archive(f"{PETS}annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f")]),
@@ -136,8 +140,9 @@ def download(name: str, folder: Path) -> Path:
             continue
         with _resumable(part.origin):
             own.mkdir(parents=True, exist_ok=True)
-            # What is hidden is the hub's own record of the download.
-            entries = sorted(entry for entry in part.fetch(own).iterdir() if not entry.name.startswith("."))
+            # What is hidden is the hub's own record of the download; macOS adds __MACOSX to the archives that it makes.
+            hidden = (".", "__MACOSX")
+            entries = sorted(entry for entry in part.fetch(own).iterdir() if not entry.name.startswith(hidden))
             for entry in entries:
                 if (folder / entry.name).exists():
                     raise CimError(f"{folder / entry.name}: exists already; move it away, or choose another --to")

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
 from cim.errors import CimError
+from cim.files import read_text, valid_text
 
 LONGEST = 20_000  # characters of a caption that are read; the longest reference has about 800
 
@@ -44,8 +46,9 @@ class Problem(NamedTuple):
 
 
 def labels_of(manifest: Manifest, name: str) -> Labels:
-    """The labels in a manifest: captions as references, and its columns of questions and extended lists."""
+    """The labels in a manifest: its captions, joined where an image has several, questions and extended lists."""
     frame = manifest.frame.set_index("image_id")
+    references = map(" ".join, human_captions(frame)) if "queries" in frame else frame["caption"]
 
     def column(key: str, values: type) -> dict[str, Any]:
         read, cells = TypeAdapter(values).validate_json, frame[key].items() if key in frame else ()
@@ -54,7 +57,7 @@ def labels_of(manifest: Manifest, name: str) -> Labels:
     asked = column("questions", list[dict[str, str]])
     questions = {image: {row["question"]: row["answer"] for row in rows} for image, rows in asked.items()}
     objects, attributes = column("extra_objects", Objects), column("extra_attributes", Attributes)
-    return Labels(name, frame["caption"].to_dict(), questions, objects, attributes)
+    return Labels(name, dict(zip(frame.index, references, strict=True)), questions, objects, attributes)
 
 
 def load_labels(folder: Path, name: str = "") -> Labels:
@@ -62,26 +65,32 @@ def load_labels(folder: Path, name: str = "") -> Labels:
     extra_attributes.json.
 
     Raises:
-        CimError: where references.json is missing, or a file has another layout.
+        CimError: where references.json is missing, a file has another layout, or questions name another image.
     """
     folder = Path(folder)
 
     def read(file: str, values: type, layout: str, required: bool = False) -> dict[str, Any]:
         path, found = folder / file, {}
         if required or path.is_file():
-            text = _text(path)
-            for number, part in enumerate(text.splitlines() if path.suffix == ".jsonl" else [text], 1):
+            text = read_text(path)
+            for number, part in enumerate(text.split("\n") if path.suffix == ".jsonl" else [text], 1):
                 try:
-                    found |= TypeAdapter(dict[str, values]).validate_json(part)
+                    found |= TypeAdapter(dict[str, values]).validate_json(part.strip() or "{}")
                 except ValidationError as error:
                     where = f"{path}:{number}" if path.suffix == ".jsonl" else path
                     raise CimError(f"{where}: should be {layout} ({error.errors()[0]['msg']})") from None
         return found
 
+    references = read("references.json", str, "{image: caption}", required=True)
+    questions = read("questions.json", Questions, "{image: {question: answer}}")
+    if not references:
+        raise CimError(f"{folder / 'references.json'}: holds no captions")
+    if unknown := questions.keys() - references.keys():
+        raise CimError(f"{folder / 'questions.json'}: image '{min(unknown)}' is not in references.json")
     return Labels(
         name or folder.name,
-        read("references.json", str, "{image: caption}", required=True),
-        read("questions.json", Questions, "{image: {question: answer}}"),
+        references,
+        questions,
         read("extra_objects.jsonl", Objects, "{image: [object, ...]}"),
         read("extra_attributes.json", Attributes, "{image: {object: [attribute, ...]}}"),
     )
@@ -103,7 +112,7 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
         return dict(found)
 
     try:
-        top = json.loads(_text(path), object_pairs_hook=keep_pairs)
+        top = json.loads(read_text(path), object_pairs_hook=keep_pairs)
     except (ValueError, RecursionError) as error:
         raise CimError(f"{path}: not JSON ({error})") from None
     if not isinstance(top, dict):
@@ -111,6 +120,7 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
     captions: dict[str, str] = {}
     problems = []
     for name, value in pairs:
+        name = valid_text(name)
         image = name if name in known else Path(name).stem
         if image not in known:
             problems.append(Problem(name, "no such image in the benchmark; left out"))
@@ -124,22 +134,14 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
             problems.append(Problem(image, "caption is empty"))
         elif len(value) > LONGEST:
             problems.append(Problem(image, f"caption has {len(value):,} characters; only {LONGEST:,} are read"))
+        if value != (value := valid_text(value)):
+            problems.append(Problem(image, "caption holds invalid characters, such as half an emoji; read as U+FFFD"))
         captions[image] = value[:LONGEST]
     if not captions:
         raise CimError(f"{path}: no caption of an image of the benchmark; its ids look like '{next(iter(known))}'")
     missing = [image for image in known if image not in captions]
     problems += [Problem(image, "no caption; scored as empty") for image in missing]
     return captions | dict.fromkeys(missing, ""), problems
-
-
-def _text(path: Path) -> str:
-    try:
-        content = Path(path).read_bytes()
-        return content.decode(encoding := json.detect_encoding(content))
-    except OSError as error:
-        raise CimError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise CimError(f"{path}: not {encoding} ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def sentences_of(caption: str) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from cim.data import layout
 from cim.errors import CimError
+from cim.files import read_text
 from cim.images import ImageFolder
 
 SPECIES = {"1": "cat", "2": "dog"}
@@ -46,7 +47,7 @@ def read(folder: Path, images: str | None, seed: int) -> tuple[pd.DataFrame, Pat
 def _listed(listing: Path) -> list[tuple[str, str, str]]:
     """(image, breed, species) of each line."""
     pets = []
-    for line in listing.read_text(encoding="utf-8").splitlines():
+    for line in read_text(listing).splitlines():
         if match := re.fullmatch(r"((\S+)_\d+) \d+ ([12]) \d+", line.strip()):
             pets.append((match[1], match[2].replace("_", " "), SPECIES[match[3]]))
         elif line.strip() and not line.startswith("#"):

@@ -9,7 +9,7 @@ import pandas as pd
 from cim.data import layout
 from cim.data.labels import load_labels, sentences_of
 from cim.errors import CimError
-from cim.files import read_json
+from cim.files import read_json, valid_text
 from cim.images import ImageFolder
 
 BENCHMARKS = ("cocoln500", "docci500")
@@ -69,15 +69,11 @@ def llama_factory(path: Path) -> list[tuple[str, str]]:
     An entry is {"conversations": [{"value": prompt}, {"value": caption}], "images": [path]}; a CimError names the
     first one in another layout.
     """
-    try:
-        entries = read_json(path)
-    except ValueError as error:
-        raise CimError(f"{path}: not JSON ({error})") from None
-    pairs = []
+    entries, pairs = read_json(path), []
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         match entry:
             case {"conversations": [_, {"value": str(caption)}, *_], "images": [str(image)]}:
-                pairs.append((image, caption.strip()))
+                pairs.append((valid_text(image), valid_text(caption.strip())))
             case _:
                 raise CimError(
                     f"{path}: entry {number} should hold a prompt and a caption as conversations, and one image"

@@ -2,19 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated
 
 import faiss
 import numpy as np
 import pandas as pd
-from pydantic import Field, PositiveInt
 from scipy.stats import spearmanr
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
 from cim.evaluation.statistics import correlations, mean_with_interval, varies
 from cim.gallery.store import Gallery, drop_excluded
-from cim.params import Settings
 from cim.rewards import gallery_representation_consistency
 from cim.scorer import Scorer
 from cim.world import ladders as world
@@ -27,18 +24,6 @@ HUMAN = {
     "fineness": ("first two words", "first four words", "one caption", "all captions"),
     "accuracy": ("another image's", "half wrong", "one caption"),
 }
-
-
-class CorrelationSettings(Settings):
-    """The `correlation` group."""
-
-    split: str
-    images: int = Field(ge=3)
-    seed: int
-    resamples: PositiveInt
-    fractions: list[Annotated[float, Field(gt=0, le=1)]]
-    ks: list[PositiveInt]
-    model_captions: bool = False
 
 
 def graded_captions(manifest: Manifest, rng: np.random.Generator) -> pd.DataFrame:

@@ -1,43 +1,33 @@
 """Captions of every method against the truth: CAPTURE, and where scenes are known every fact counted."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from cim.captioners.generate import diversity
+from cim.data.flickr8k import human_captions
 from cim.data.labels import Labels
 from cim.data.manifest import Manifest
 from cim.encoders import load_text_encoder
 from cim.errors import CimError
+from cim.evaluation.caption_metrics import HumanCaptions
 from cim.evaluation.capture.evaluate import Captions, Evaluation, Retrieval, agreement
 from cim.evaluation.capture.evaluate import evaluate as evaluate_capture
 from cim.evaluation.capture.parsers import CACHE, load_parser
 from cim.evaluation.capture.readers import load_reader
 from cim.evaluation.capture.synonyms import load_wordnet
+from cim.evaluation.settings import EvaluateSettings
 from cim.evaluation.statistics import Bootstrap, ratio
 from cim.files import read_json
-from cim.params import Names, Settings
 from cim.processes import default_device
-from cim.runs import BASE, LABELS, parse_run
+from cim.runs import BASE, in_order, parse_run
 from cim.world.scenes import Scene
 from cim.world.scoring import COUNTS, FACTS, score_captions
 
-
-class EvaluateSettings(Settings):
-    """The `evaluate` group."""
-
-    splits: Names
-    parser: Literal["world", "pattern", "factual"]
-    encoder: str
-    seed: int
-    resamples: int = Field(ge=100)
-    reader: str | None = None
-    wordnet: bool = True
+Metrics = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def read_captions(folder: Path) -> Captions:
@@ -52,7 +42,7 @@ def read_captions(folder: Path) -> Captions:
     for path in sorted(folder.glob("*.json")):
         method, seed = ("base", 0) if path.stem == BASE else parse_run(path.stem)
         captions.setdefault(method, {})[seed] = read_json(path)
-    return {method: dict(sorted(captions[method].items())) for method in LABELS if method in captions}
+    return {method: dict(sorted(captions[method].items())) for method in in_order(captions)}
 
 
 def capture(
@@ -130,11 +120,14 @@ def metrics_of(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def evaluate(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamples: int) -> dict[str, dict]:
+def evaluate(
+    counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamples: int, metrics: Metrics = metrics_of
+) -> dict[str, dict]:
     """Each method's metrics with 95 % intervals over images and seeds, and its gain over the first, paired by image.
 
     Args:
-        counts: method -> seed -> fact_counts.
+        counts: method -> seed -> one row an image, such as fact_counts.
+        metrics: of the sums of their columns.
 
     Returns:
         {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval"}}}}.
@@ -145,7 +138,7 @@ def evaluate(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamp
     rng = np.random.default_rng(seed)
     bootstrap = Bootstrap(images, {method: len(runs) for method, runs in counts.items()}, resamples, rng)
     found = {
-        method: bootstrap.estimates(method, table, lambda sums: metrics_of(dict(zip(columns, sums.T, strict=True))))
+        method: bootstrap.estimates(method, table, lambda sums: metrics(dict(zip(columns, sums.T, strict=True))))
         for method, table in tables.items()
     }
     out = {}
@@ -156,6 +149,20 @@ def evaluate(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamp
             cell |= {"gain": gain["value"], "gain_interval": gain["interval"]}
         out[method] = {"seeds": list(counts[method]), "images": images, "metrics": cells}
     return out
+
+
+def human_counts(captions: Captions, manifest: Manifest, encoder: str) -> dict[str, dict[int, pd.DataFrame]]:
+    """What caption_metrics.metrics_of needs of every method and seed, one row an image.
+
+    Args:
+        manifest: images with several human captions each, as Flickr8k's.
+        encoder: the sentence encoder of identification; one that no reward used.
+    """
+    human = HumanCaptions(
+        human_captions(manifest.frame), load_text_encoder(encoder, precision="bfloat16").encode, load_wordnet()
+    )
+    ids = manifest.frame["image_id"]
+    return {m: {seed: human.compare([of[i] for i in ids]) for seed, of in runs.items()} for m, runs in captions.items()}
 
 
 def always_yes(manifest: Manifest) -> dict[str, float]:

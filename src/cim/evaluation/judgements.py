@@ -1,15 +1,15 @@
 """Human judgements of captions in their published layouts, and how well scores agree with them.
 
-flickr8k-expert   Hodosh et al. 2013. ExpertAnnotations.txt, Flickr8k.token.txt: three grades of 1 to 4 a caption.
+flickr8k-expert   Hodosh et al. 2013. ExpertAnnotations.txt: three grades of 1 to 4 a caption.
+flickr8k-cf       The same. CrowdFlowerAnnotations.txt: the share of people who say that a caption describes the image.
 composite         Aditya et al. 2015. 8k_, 30k_ and coco_correctness.csv: grades of 1 to 5.
 pascal50s         Vedantam et al. 2015. pair_pascal.mat, consensus_pascal.mat: which of two captions is better.
 
-Images are found by file name anywhere in the folder. As is customary, Kendall's tau-c is taken over single grades, and
-captions that were written for the same image are left out of Flickr8k-Expert.
+Images are found by file name anywhere in the folder. As is customary, captions that were written for the same image are
+left out of Flickr8k's, and agreement is Kendall's tau-c over single grades, for flickr8k-cf tau-b.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from cim.data.flickr8k import read_captions
 from cim.errors import CimError
 from cim.evaluation.statistics import Estimate, kendall, ratio, resample_weights
 from cim.images import ImageFolder
@@ -24,6 +25,7 @@ from cim.scorer import Scorer
 
 CATEGORIES = {1: "HC", 2: "HI", 3: "HM", 4: "MM"}  # human correct, human incorrect, human-machine, machine-machine
 VOTES = 48  # each pair of Pascal-50S is compared with 48 references
+DAMAGED = 0.05  # share of a file's lines that may be damaged
 COMPOSITE = {"8k": 3, "30k": 4, "coco": 4}  # part to candidate captions per image
 
 
@@ -53,18 +55,18 @@ def load_judgements(benchmark: str, folder: Path) -> Judgements:
 
 def flickr8k_expert(folder: Path) -> Judgements:
     """One row for each of the three grades of each caption."""
-    captions = dict(_fields(folder / "Flickr8k.token.txt", "image#number", "caption"))
-    rows, own, path = [], 0, folder / "ExpertAnnotations.txt"
-    for number, (image, key, *grades) in enumerate(_fields(path, "image", "caption id", "grade", "grade", "grade"), 1):
-        try:
-            graded = [(image, captions[key].strip(), int(grade)) for grade in grades]
-        except (KeyError, ValueError) as error:
-            raise CimError(f"{path}:{number}: unknown caption id or invalid grade ({error})") from None
-        if key.partition("#")[0] == image:
-            own += 1
-        else:
-            rows += graded
-    return _graded(rows, folder, f"{own} captions of the same image left out")
+    path, numbers = folder / "ExpertAnnotations.txt", ["first", "second", "third"]
+    table = _judged(path, numbers)
+    table, note = _of_other_images(path, table, table[numbers].isin([1, 2, 3, 4]).all(axis=1))
+    return _graded(table.melt(["image", "caption"], numbers, value_name="grade"), note, folder)
+
+
+def flickr8k_cf(folder: Path) -> Judgements:
+    """One row for each caption; its grade is the share of three or more people who say that it describes the image."""
+    path = folder / "CrowdFlowerAnnotations.txt"
+    table = _judged(path, ["grade", "yes", "no"])
+    counted = table["yes"] / (table["yes"] + table["no"])
+    return _graded(*_of_other_images(path, table, (table["grade"] - counted).abs() < 0.01), folder)
 
 
 def composite(folder: Path) -> Judgements:
@@ -85,12 +87,13 @@ def composite(folder: Path) -> Judgements:
                     raise CimError(f"{path}:{number}: should hold {n} captions and as many grades") from None
     if not rows:
         raise CimError(f"{folder}: no grades in 8k_correctness.csv, 30k_correctness.csv or coco_correctness.csv")
-    return _graded(rows, folder, f"parts {', '.join(paths)}")
+    return _graded(pd.DataFrame(rows, columns=["image", "caption", "grade"]), f"parts {', '.join(paths)}", folder)
 
 
 def pascal50s(folder: Path) -> Judgements:
     """Two rows per pair; `preferred` is the side with most votes, and a pair without a majority is left out."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     paths = [_require(folder / name) for name in ("pair_pascal.mat", "consensus_pascal.mat")]
     try:
@@ -106,7 +109,9 @@ def pascal50s(folder: Path) -> Judgements:
                 undecided += 1
                 continue
             rows += [(i, s, image, sides[s], int(votes[1] > votes[0]), CATEGORIES[int(category)]) for s in (0, 1)]
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        if not rows:
+            raise ValueError("no pair with a majority")
+    except (KeyError, ValueError, TypeError, IndexError, MatReadError) as error:
         raise CimError(f"{folder}: the .mat files are not in Pascal-50S's layout ({error})") from None
     frame = pd.DataFrame(rows, columns=["pair", "side", "image", "caption", "preferred", "category"])
     frame = _with_paths(frame, folder)
@@ -114,7 +119,12 @@ def pascal50s(folder: Path) -> Judgements:
     return Judgements(frame, summary)
 
 
-BENCHMARKS = {"flickr8k-expert": flickr8k_expert, "composite": composite, "pascal50s": pascal50s}
+BENCHMARKS = {
+    "flickr8k-expert": flickr8k_expert,
+    "flickr8k-cf": flickr8k_cf,
+    "composite": composite,
+    "pascal50s": pascal50s,
+}
 
 
 def _unwrapped(value):
@@ -130,18 +140,38 @@ def _require(path: Path) -> Path:
     return path
 
 
-def _fields(path: Path, *columns: str) -> Iterator[list[str]]:
-    """The tab-separated columns of each line that is not empty."""
-    lines = _require(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(filter(str.strip, lines), 1):
-        fields = line.split("\t", len(columns) - 1)
-        if len(fields) < len(columns):
-            raise CimError(f"{path}:{number}: should be {', '.join(columns)}, separated by tabs")
-        yield fields
+def _judged(path: Path, numbers: list[str]) -> pd.DataFrame:
+    """Columns image, id and numbers of each line that is not empty; NaN where a number is missing or invalid."""
+    lines = pd.Series(_require(path).read_text(encoding="utf-8", errors="replace").split("\n"))
+    columns = ["image", "id", *numbers]
+    cells = lines[lines.str.strip() != ""].str.split("\t", n=len(columns) - 1, expand=True)
+    table = cells.reindex(columns=range(len(columns))).astype(str).set_axis(columns, axis=1)
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    return table
 
 
-def _graded(rows: Sequence[tuple[str, str, float]], folder: Path, note: str) -> Judgements:
-    frame = _with_paths(pd.DataFrame(rows, columns=["image", "caption", "grade"]), folder)
+def _of_other_images(path: Path, table: pd.DataFrame, valid: pd.Series) -> tuple[pd.DataFrame, str]:
+    """Lines whose caption, a new column, was written for another image, and what was left out.
+
+    Raises:
+        CimError: where none is left, or more than DAMAGED are not valid or of unknown images or captions.
+    """
+    captions = read_captions(path.parent)
+    table = table.assign(caption=table["id"].map(captions.set_index("id")["caption"]))
+    valid = valid & table["caption"].notna() & table["image"].isin(captions["image"])
+    own = valid & (table["id"].str.extract(r"(.+)#", expand=False) == table["image"])
+    kept, bad = table[valid & ~own], table.index[~valid] + 1
+    if kept.empty or len(bad) > DAMAGED * len(table):
+        what = "too few columns, unknown images or caption ids, invalid judgements"
+        lines = f"; line {', '.join(map(str, bad[:3]))}" if len(bad) else ""
+        raise CimError(
+            f"{path}: {len(bad)} of {len(table)} lines are damaged ({what}{lines}), {len(kept)} can be used; restore it"
+        )
+    return kept, f"{own.sum()} captions of the same image and {len(bad)} damaged lines left out"
+
+
+def _graded(rows: pd.DataFrame, note: str, folder: Path) -> Judgements:
+    frame = _with_paths(rows[["image", "caption", "grade"]], folder)
     return Judgements(frame, f"{len(frame)} grades of {frame['image'].nunique()} images, {note}")
 
 
@@ -173,12 +203,17 @@ def agreement_with_people(judgements: Judgements, scorer: Scorer, seed: int = 0,
     return out
 
 
-def _scores(distinct: pd.DataFrame, scorer: Scorer, batch: int = 1024) -> pd.DataFrame:
-    """Columns grc, qir, cim and words of distinct (image, caption) pairs."""
-    parts = [distinct.iloc[start : start + batch] for start in range(0, len(distinct), batch)]
-    progress = tqdm(parts, desc="scoring", mininterval=2)
-    scores = pd.concat([scorer.score(p["image"].tolist(), p["caption"].tolist()) for p in progress], ignore_index=True)
-    return scores.assign(words=[len(caption.split()) for caption in distinct["caption"]])
+def _scores(distinct: pd.DataFrame, scorer: Scorer, batch: int = 256) -> pd.DataFrame:
+    """Columns grc, qir, cim and words of distinct (image, caption) pairs; a caption never retrieves its own image."""
+    paths = distinct["image"].unique().tolist()
+    stems = [Path(path).stem for path in paths]  # image ids in galleries of published data sets
+    ids = dict(zip(paths, np.where(scorer.gallery.rows_of(stems) >= 0, stems, paths), strict=True))
+    for start in tqdm(range(0, len(paths), batch), desc="embedding images", mininterval=2):
+        scorer.add_images({ids[path]: path for path in paths[start : start + batch]})
+    found = int((scorer.gallery_rows(list(ids.values())) >= 0).sum())
+    print(f"{found} of {len(paths)} source images are in the gallery", flush=True)
+    scores = scorer.retrieval_scores(distinct["caption"].tolist(), distinct["image"].map(ids).tolist())
+    return scores.assign(words=distinct["caption"].str.split().str.len())
 
 
 def _preferences(table: pd.DataFrame, name: str, rng: np.random.Generator, resamples: int) -> dict:

@@ -11,29 +11,35 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.files import clear_disk_errors, read_json, refuse_foreign, write_json
+from cim.files import clear_disk_errors, locked, read_json, refuse_foreign, write_json
 from cim.gallery import store
 from cim.gallery.search import build_index, choose_kind, new_index
-from cim.gallery.shards import Shard
+from cim.gallery.settings import BuildSettings
+from cim.gallery.shards import Record, Shard
 from cim.gallery.transform import ImageTransform
 from cim.processes import processes
 
 PLAN = "plan.json"
+BLOCK = 1024  # records in memory at once: they may hold the content of their images
 FILES = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM, store.INFO, store.SKIPPED, *store.INDEXES)
 
 
 def build_gallery(
     shards: list[Shard],
-    settings: store.BuildSettings,
+    settings: BuildSettings,
     text_encoder: TextEncoder,
     image_encoder: ImageEncoder,
     folder: Path,
@@ -47,10 +53,11 @@ def build_gallery(
     Raises:
         CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
             row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
-            refuses the index; where the disk is full.
+            refuses the index; where the disk is full; while another process builds there.
     """
     check_target(folder)
-    return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
+    with locked(_folders(folder)[0]) if processes().is_main_process else nullcontext():
+        return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
 
 
 def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
@@ -65,7 +72,7 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     info = store.read_info(folder)
     former = info["index"].get("file")
     new = store.INDEXES[former == store.INDEXES[0]]
-    with clear_disk_errors(folder):
+    with locked(folder), clear_disk_errors(folder):
         info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="r"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:
@@ -99,7 +106,7 @@ def _folders(folder: Path) -> tuple[Path, Path]:
 
 
 class _Build:
-    def __init__(self, shards, settings: store.BuildSettings, text_encoder, image_encoder, folder: Path, add: bool):
+    def __init__(self, shards, settings: BuildSettings, text_encoder, image_encoder, folder: Path, add: bool):
         self.shards, self.settings, self.text, self.image = shards, settings, text_encoder, image_encoder
         self.folder, self.work = _folders(folder)
         self.parts = [self.work / f"{i:06d}" for i in range(len(shards))]
@@ -162,46 +169,62 @@ class _Build:
                 shutil.rmtree(path)
 
     def _embed(self, shard: Shard, part: Path) -> None:
-        records = list(shard.read())
-        skipped = {r.image_id: "empty caption" for r in records if not r.caption}
-        self._check_skipped(shard, skipped)
+        rows, skipped, images = [], {}, [np.zeros((0, self.image.dim), np.float32)]
+        records = iter(shard.read())
+        with tqdm(desc="encoding images", mininterval=2) as bar:
+            while block := list(islice(records, BLOCK)):
+                found, vectors = self._embed_images(block, skipped)
+                self._check_skipped(shard, skipped)
+                rows += found
+                images.append(vectors)
+                bar.update(len(block))
+                del block  # before the next is read
+        texts = self.text.encode([row["caption"] for row in rows], progress=len(self.parts) == 1)
+        aside = part.with_name(f"{part.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        parts = (store.TEXTS, self.text, texts), (store.IMAGES, self.image, np.concatenate(images))
+        for name, encoder, vectors in parts:
+            if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+                where = f"image '{rows[bad[0]]['image_id']}': encoder '{encoder.spec}'"
+                raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
+            store.write_array(aside / name, len(rows), encoder.dim, [vectors])
+        store.write_rows(aside / store.ROWS, [pa.Table.from_pylist(rows, schema=store.SCHEMA)])
+        _write_lines(aside / store.SKIPPED, [{"image_id": k, "reason": v} for k, v in skipped.items()])
+        os.replace(aside, part)
+
+    def _embed_images(self, records: list[Record], skipped: dict[str, str]) -> tuple[list[dict], np.ndarray]:
+        """The rows and (n, d) image embeddings of the records that are new and can be used; the rest to `skipped`."""
+        skipped |= {r.image_id: "empty caption" for r in records if not r.caption}
         records = [r for r in records if r.caption]
         if self.base is not None:
             known = self.base.rows_of([r.image_id for r in records]) >= 0
             records = [r for r, in_base in zip(records, known, strict=True) if not in_base]
         unreadable: dict[int, str] = {}
-        images = self.image.encode([r.open for r in records], progress=True, unreadable=unreadable)
+        images = self.image.encode([r.open for r in records], unreadable=unreadable)
         skipped |= {records[i].image_id: reason for i, reason in unreadable.items()}
-        self._check_skipped(shard, skipped)
         kept = [i for i in range(len(records)) if i not in unreadable]
         records = [records[i] for i in kept]
-        texts = self.text.encode([r.caption for r in records], progress=len(self.parts) == 1)
-        aside = part.with_name(f"{part.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, encoder, vectors in ((store.TEXTS, self.text, texts), (store.IMAGES, self.image, images[kept])):
-            if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
-                where = f"image '{records[bad[0]].image_id}': encoder '{encoder.spec}'"
-                raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
-            store.write_array(aside / name, len(records), encoder.dim, [vectors])
-        # The schema leaves out the images' content.
-        store.write_rows(aside / store.ROWS, [pa.Table.from_pylist(list(map(vars, records)), schema=store.SCHEMA)])
-        _write_lines(aside / store.SKIPPED, [{"image_id": k, "reason": v} for k, v in skipped.items()])
-        os.replace(aside, part)
+        with ThreadPoolExecutor(4) as pool:
+            digests = pool.map(Record.digest, records)
+        # Relative to the gallery, so that they are valid in any current folder, and the same on any machine.
+        places = (os.path.relpath(r.image, os.path.realpath(self.folder)) for r in records)
+        names = [(r.image_id, place, r.caption, d) for r, place, d in zip(records, places, digests, strict=True)]
+        return [dict(zip(store.SCHEMA.names, row, strict=True)) for row in names], images[kept]
 
     def _check_skipped(self, shard: Shard, skipped: dict[str, str]) -> None:
         """Stop at once if no row may be left out; a share is known only at the end."""
         if skipped and self.settings.max_skipped == 0:
             image_id, reason = next(iter(skipped.items()))
             raise CimError(
-                f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} such in this shard); fix or remove it, "
+                f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} so far in this shard); fix or remove it, "
                 "or allow a share with max_skipped"
             )
 
     def _publish(self) -> None:
         """Join the parts next to a former gallery and put the result in its place."""
         tables = [store.read_rows(part / store.ROWS) for part in self.parts]
-        hashes = pd.Series(np.concatenate([np.zeros(0, np.uint64), *map(store.id_hashes, tables)]))
+        hashes = pd.Series(np.concatenate([np.zeros(0, np.uint64), *(store.hashes(t["image_id"]) for t in tables)]))
         firsts = np.split(~hashes.duplicated().to_numpy(), np.cumsum([len(t) for t in tables])[:-1])
         skipped = [json.loads(line) for part in self.parts for line in (part / store.SKIPPED).read_text().splitlines()]
         for table, first in zip(tables, firsts, strict=True):
@@ -251,6 +274,8 @@ class _Build:
         shutil.rmtree(self.work)
         if skipped:
             print(f"{self.folder}: {len(skipped)} rows were left out, see {self.folder / store.SKIPPED}", flush=True)
+        if cut := sum(pc.sum(pc.match_substring(table["caption"], "\ufffd")).as_py() or 0 for table in tables):
+            print(f"{self.folder}: {cut} captions hold U+FFFD in place of invalid characters", flush=True)
 
 
 def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: store.Gallery | None = None) -> dict:

@@ -5,17 +5,19 @@
     *.tar       WebDataset: KEY.jpg (or png, webp) with KEY.txt, or KEY.json with "caption"
     *.jsonl     {"image": path, "caption": text} per line, optionally "image_id"
 
-A folder stands for its files of these kinds. Paths are relative to `image_root`, or to the folder of the file.
+A folder stands for its files of these kinds. Paths are relative to `image_root`, or to the folder of the file; zip
+files there are read in place. What an archive holds is read record by record, never as a whole.
 """
 
-import io
 import json
 import os
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,26 +26,45 @@ from PIL import Image
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
-from cim.gallery.store import GallerySettings
-from cim.images import SUFFIXES, open_image
+from cim.files import valid_text
+from cim.gallery.settings import GallerySettings
+from cim.images import DAMAGED, SUFFIXES, content_digest, locate, open_image, read_stored
+
+READ = 64  # rows of a Parquet file that are read at once
 
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned image; `image` is its path, or names its place in an archive that held `content`."""
+    """One captioned image.
+
+    Attributes:
+        image: its path, or its place FILE!MEMBER in an archive.
+        content: of the image file, where reading the archive gave it.
+        known_digest: its content_digest, where that is known without reading it.
+    """
 
     image_id: str
     caption: str
     image: str
     content: bytes | None = None
+    known_digest: str | None = None
+
+    @property
+    def source(self) -> str | bytes:
+        """What open_image takes."""
+        return self.image if self.content is None else self.content
 
     def open(self) -> Image.Image:
         """The image as RGB.
 
         Raises:
-            CimError: naming it, where it cannot be read.
+            CimError: naming it, where it cannot be read; so does `digest`.
         """
-        return open_image(self.image if self.content is None else io.BytesIO(self.content), name=self.image)
+        return open_image(self.source, name=self.image)
+
+    def digest(self) -> str:
+        """The image's content_digest."""
+        return self.known_digest or content_digest(read_stored(self.source))
 
 
 @dataclass(frozen=True)
@@ -62,8 +83,8 @@ def gallery_shards(manifest: Manifest, settings: GallerySettings) -> list[Shard]
     """
     manifest = manifest.split(*settings.splits)
     ids, captions = manifest.frame["image_id"].tolist(), [_text(c) for c in manifest.captions]
-    # Relative to the workspace: absolute paths would make the same gallery differ between machines.
-    records = list(map(Record, ids, captions, map(os.path.relpath, manifest.image_paths)))
+    paths, digests = map(os.path.relpath, manifest.image_paths), manifest.frame["digest"]
+    records = [Record(*row, known_digest=digest) for *row, digest in zip(ids, captions, paths, digests, strict=True)]
     rows = settings.shard_rows
     starts = range(0, len(records), rows)
     shards = [Shard(f"{manifest.name}:{start}", partial(list, records[start : start + rows])) for start in starts]
@@ -116,20 +137,31 @@ def source_files(sources: Iterable[Path]) -> list[Path]:
 Parts = Iterator[tuple[str, Callable[[], Iterable[Record]]]]  # of one file: what to add to its name, and the reader
 
 
-def _parquet(path: Path, root: Path, rows: int) -> Parts:
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
+        yield
+    except (*DAMAGED, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise CimError(f"{path}: not a readable {kind} file ({reason}); fetch or write it again") from None
+
+
+def _parquet(path: Path, root: Path, rows: int) -> Parts:
+    with _reading(path, "Parquet"):
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CimError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
     names = file.schema_arrow.names
     if missing := [c for c in ("image", "caption") if c not in names]:
         raise CimError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(names)}")
     columns = [c for c in ("image_id", "image", "caption") if c in names]
 
     def read(group: int, start: int) -> Iterator[Record]:
-        table = pq.ParquetFile(path).read_row_group(group, columns=columns).slice(start, rows)
-        for i, row in enumerate(table.to_pylist(), start):
-            yield _record(row, root, f"{path}!{group}.{i}")
+        with _reading(path, "Parquet"):
+            # With these options pages are read as they are needed, not a whole row group.
+            file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+            batches = file.iter_batches(READ, [group], columns)
+            found = (row for batch in batches for row in batch.to_pylist())
+            for i, row in enumerate(islice(found, start, start + rows), start):
+                yield _record(row, root, f"{path}!{group}.{i}")
 
     for group in range(file.num_row_groups):
         for start in range(0, file.metadata.row_group(group).num_rows, rows):
@@ -157,44 +189,54 @@ def _parse(line: bytes, where: str) -> dict:
         row = json.loads(line)
         image = row["image"] if "image" in row else row["image_path"]  # as in DenseFusion-1M
         return {"image_id": row.get("image_id"), "image": image, "caption": row["caption"]}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CimError(f'{where}: should be JSON, {{"image": path, "caption": text}} ({error!r})') from None
 
 
 def _tar(path: Path, root: Path, rows: int) -> Parts:
     def read() -> Iterator[Record]:
-        try:
-            with tarfile.open(path) as tar:
-                for key, members in groupby(tar, lambda member: member.name.rpartition(".")[0]):
-                    files = {
-                        m.name.rpartition(".")[2].lower(): (m.name, tar.extractfile(m).read())
-                        for m in members
-                        if m.isfile()
-                    }
-                    if image := next((files[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in files), None):
-                        text = files["txt"][1].decode("utf-8", "replace") if "txt" in files else None
-                        if "json" in files and text is None:
-                            text = json.loads(files["json"][1]).get("caption")
-                        yield Record(key, _text(text), f"{path}!{image[0]}", image[1])
-        except (tarfile.TarError, ValueError) as error:
-            raise CimError(f"{path}: not a readable tar file ({error}); fetch it again") from None
+        with _reading(path, "tar"), tarfile.open(path) as tar:
+            # First the headers alone, since the members of a key may lie apart.
+            keys: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                key, _, suffix = member.name.rpartition(".")
+                keys[key][f".{suffix.lower()}"] = member
+            for key, members in keys.items():
+                if image := next(filter(None, map(members.get, SUFFIXES)), None):
+                    texts = {s: tar.extractfile(members[s]).read() for s in (".txt", ".json") if s in members}
+                    place = valid_text(f"{path}!{image.name}")
+                    yield Record(valid_text(key), _caption_of(texts), place, tar.extractfile(image).read())
 
     yield "", read
+
+
+def _caption_of(texts: dict[str, bytes]) -> str:
+    if ".txt" in texts:
+        return _text(texts[".txt"].decode("utf-8", "replace"))
+    match json.loads(texts.get(".json", b"null")):
+        case {"caption": caption}:
+            return _text(caption)
+    return ""
 
 
 def _record(row: dict, root: Path, where: str) -> Record:
     image, content = row["image"], None
     if isinstance(image, dict):
         image, content = image.get("path"), image.get("bytes")
-    elif isinstance(image, bytes):
+    if isinstance(image, bytes):
         image, content = None, image
-    path = where if content is not None else os.path.relpath(root / str(image))
-    return Record(str(row.get("image_id") or image or where), _text(row["caption"]), path, content)
+    place = os.path.relpath(locate(root, str(image))) if content is None else where
+    image_id = row.get("image_id")
+    if isinstance(image_id, (list, dict)):
+        raise CimError(f"{where}: image_id should be text or a number, not {image_id!r}")
+    if image_id in (None, "") or image_id != image_id:  # NaN, which pandas writes for a missing one
+        image_id = image or where
+    return Record(valid_text(str(image_id)), _text(row["caption"]), valid_text(place), content)
 
 
 def _text(caption) -> str:
     # Anything but text, such as null or NaN, counts as an empty caption.
-    return caption.strip() if isinstance(caption, str) else ""
+    return valid_text(caption.strip()) if isinstance(caption, str) else ""
 
 
 _READERS = {".parquet": _parquet, ".tar": _tar, ".jsonl": _jsonl}

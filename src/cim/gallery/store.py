@@ -2,7 +2,7 @@
 
 texts.npy      (N, d) float16 caption embeddings, memory-mapped
 images.npy     (N, d) float16 image embeddings, memory-mapped
-rows.arrow     image_id, image and caption of each row, memory-mapped
+rows.arrow     image_id, image (its path from this folder), caption and digest of each row, memory-mapped
 transform.npz  mean and principal components of the image embeddings (cim.gallery.transform)
 index.faiss    the index, unless the search is exact; a rebuilt index is index-2.faiss, then index.faiss again
 gallery.json   encoders, counts, the kind of index, and a fingerprint of each file
@@ -10,44 +10,59 @@ skipped.jsonl  rows that were left out, with the reason
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pydantic import PositiveInt
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic refuses typing's before Python 3.12
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
 from cim.files import read_json
-from cim.gallery.search import ExactSearch, FaissSearch, blocks, gather, open_search
+from cim.gallery.search import BLOCK, ExactSearch, FaissSearch, blocks, gather, open_search
 from cim.gallery.transform import ImageTransform
-from cim.params import Names, Settings, Share
 
+SMALL = 20_000  # rows up to which products with the whole gallery cost less than gathering what is retrieved
 TEXTS, IMAGES, ROWS, TRANSFORM = "texts.npy", "images.npy", "rows.arrow", "transform.npz"
 INFO, SKIPPED = "gallery.json", "skipped.jsonl"
 INDEXES = ("index.faiss", "index-2.faiss")
-SCHEMA = pa.schema([("image_id", pa.string()), ("image", pa.string()), ("caption", pa.string())])
+SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "image", "caption", "digest")])
 
 
-class BuildSettings(Settings):
-    """How a gallery is built."""
+class EncoderInfo(TypedDict):
+    """An encoder of a gallery, in gallery.json."""
 
-    index: str = "auto"  # exact, auto (by size), or any string that faiss.index_factory takes
-    recall: Share = 0.99  # an approximate index is tuned until it finds this share of the exact nearest captions
-    shard_rows: PositiveInt = 10_000  # rows embedded between two checkpoints
-    max_skipped: Share = 0.0  # share of unreadable images and empty captions that may be left out
+    spec: str
+    dim: int
+    digest: str
 
 
-class GallerySettings(BuildSettings):
-    """The `gallery` group: how the gallery is built, and from what."""
+class IndexInfo(TypedDict):
+    """The index of a gallery, which also has `file` and `trained_on` unless the search is exact."""
 
-    splits: Names  # splits of the manifest that can be retrieved
-    shards: str | None = None  # file or folder of more captioned images, in the formats of cim.gallery.shards
-    image_root: str | None = None  # what their image paths are relative to; None or `shards` itself: their own folder
+    kind: str
+    reason: str
+    effort: int
+    candidates: int
+    recall: float
+
+
+class Info(TypedDict):
+    """gallery.json."""
+
+    rows: int
+    skipped: int
+    text_encoder: EncoderInfo
+    image_encoder: EncoderInfo
+    index: IndexInfo
+    files: dict[str, dict[Literal["quick", "whole"], str]]
 
 
 @dataclass
@@ -55,8 +70,8 @@ class Gallery:
     """A loaded gallery of N captioned images; only the rows in use come into memory."""
 
     folder: Path
-    info: dict  # gallery.json
-    table: pa.Table  # columns image_id, image (its path) and caption
+    info: Info
+    table: pa.Table  # the columns of SCHEMA
     texts: np.ndarray  # (N, d) float16 caption embeddings
     images: np.ndarray  # (N, d) float16 image embeddings
     index: ExactSearch | FaissSearch
@@ -70,26 +85,26 @@ class Gallery:
         return self.table.to_pandas()
 
     def take(self, rows: np.ndarray) -> pd.DataFrame:
-        """image_id, image and caption of these rows."""
-        return self.table.take(pa.array(np.asarray(rows).ravel())).to_pandas()
+        """image_id, image (its path from the current folder) and caption of these rows."""
+        table = self.table.select(["image_id", "image", "caption"]).take(pa.array(np.asarray(rows).ravel())).to_pandas()
+        root = os.path.realpath(self.folder)
+        return table.assign(image=[os.path.relpath(os.path.join(root, image)) for image in table["image"]])
 
     def rows_of(self, image_ids) -> np.ndarray:
         """(n,) gallery row of each image, -1 where it is not in the gallery."""
-        wanted = np.asarray(image_ids, dtype=object)
-        hashes, order = self._sorted_ids
-        if not len(wanted) or not len(order):
-            return np.full(len(wanted), -1)
-        place = np.searchsorted(hashes, pd.util.hash_array(wanted)).clip(max=len(order) - 1)
-        rows = order[place].astype(np.int64)
-        same = self.table["image_id"].take(pa.array(rows)).to_numpy(zero_copy_only=False) == wanted
-        return np.where(same, rows, -1)
+        return self._by_id(image_ids)
+
+    def copies_of(self, digests) -> np.ndarray:
+        """(n,) gallery row with each content_digest of an image file, -1 where the gallery has no such file."""
+        return self._by_digest(digests)
 
     @cached_property
-    def _sorted_ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted hashes of the image ids and their rows: 16 bytes per row, where a dictionary takes hundreds."""
-        hashes = id_hashes(self.table)
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order
+    def _by_id(self) -> "_Lookup":
+        return _Lookup(self.table["image_id"])
+
+    @cached_property
+    def _by_digest(self) -> "_Lookup":
+        return _Lookup(self.table["digest"])
 
     def text_embeddings(self) -> np.ndarray:
         """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
@@ -117,6 +132,13 @@ class Gallery:
         found = self.index.search(queries, k + spare)
         return found if exclude is None else drop_excluded(found, exclude)
 
+    def similarity(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(n, k) cosines of (n, d) queries with the captions of (n, k) rows."""
+        if len(self) <= SMALL:
+            return np.take_along_axis(queries @ self.text_embeddings().T, rows, 1)
+        parts = blocks(len(rows), max(1, BLOCK // rows.shape[1]))
+        return np.concatenate([np.einsum("nd,nkd->nk", queries[p], _unit(gather(self.texts, rows[p]))) for p in parts])
+
     @cached_property
     def transform(self) -> ImageTransform:
         """Centring and whitening fitted on the gallery's images."""
@@ -142,10 +164,28 @@ def drop_excluded(found: np.ndarray, exclude: np.ndarray) -> np.ndarray:
     return found[~hit].reshape(len(found), -1)
 
 
-def id_hashes(table: pa.Table) -> np.ndarray:
-    """(N,) 64-bit hashes of the image ids, the same in every process."""
-    ids = table["image_id"]
-    parts = [pd.util.hash_array(ids[b].to_numpy(zero_copy_only=False).astype(object)) for b in blocks(len(ids))]
+class _Lookup:
+    """The row of a value by sorted hashes of a column: 16 bytes per row, where a dictionary takes hundreds."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        hashed = hashes(column)
+        self._column, self._order = column, np.argsort(hashed, kind="stable")
+        self._hashes = hashed[self._order]
+
+    def __call__(self, values) -> np.ndarray:
+        """(n,) row of each value, -1 for none."""
+        wanted = np.asarray(values, dtype=object)
+        if not len(wanted) or not len(self._order):
+            return np.full(len(wanted), -1)
+        place = np.searchsorted(self._hashes, pd.util.hash_array(wanted)).clip(max=len(self._order) - 1)
+        rows = self._order[place].astype(np.int64)
+        same = self._column.take(pa.array(rows)).to_numpy(zero_copy_only=False) == wanted
+        return np.where(same, rows, -1)
+
+
+def hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) 64-bit hashes of strings, the same in every process."""
+    parts = [pd.util.hash_array(column[b].to_numpy(zero_copy_only=False).astype(object)) for b in blocks(len(column))]
     return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 
@@ -190,22 +230,27 @@ def load_gallery(
 
 
 def read_info(folder: Path) -> dict:
-    """gallery.json.
+    """gallery.json, checked.
 
     Raises:
-        CimError: where it is missing or not JSON.
+        CimError: where it is missing or not that of a gallery.
     """
+    path = Path(folder) / INFO
+    if not path.is_file():
+        raise CimError(f"{folder}: no gallery there; build one with 'cim gallery build'")
     try:
-        return read_json(Path(folder) / INFO)
-    except FileNotFoundError:
-        raise CimError(f"{folder}: no gallery there; build one with 'cim gallery build'") from None
-    except ValueError:
-        raise CimError(f"{Path(folder) / INFO}: not valid JSON; rebuild the gallery") from None
+        TypeAdapter(Info).validate_python(info := read_json(path))
+        return info
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CimError(f"{path}: not that of a gallery ({where}: {error.errors()[0]['msg']}); rebuild it") from None
 
 
 def read_rows(path: Path) -> pa.Table:
     """The memory-mapped table of a gallery's rows."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    # Galleries of older versions have no digests.
+    return table if "digest" in table.column_names else table.append_column("digest", pa.repeat("", len(table)))
 
 
 def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:

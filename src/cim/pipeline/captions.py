@@ -3,25 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-from pydantic import PositiveInt
 
 from cim import code
 from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, load_model
+from cim.captioners.settings import CaptionSettings
 from cim.data.manifest import read_manifest
 from cim.encoders import weights_digest
 from cim.files import read_json, write_json
-from cim.params import Names, Settings, group
+from cim.params import group
 from cim.pipeline.paths import ARTIFACTS, MANIFEST, RESULTS
 from cim.runs import BASE, all_runs
-
-
-class CaptionSettings(Settings):
-    """The `captions` group: greedy captions of these splits."""
-
-    splits: Names
-    max_new_tokens: PositiveInt
-    batch: PositiveInt = 64
 
 
 def run(params: dict) -> None:

@@ -20,7 +20,7 @@ def compose(overrides: list[str], conf: Path = CONF) -> dict:
     """Compose conf/config.yaml with overrides in Hydra's syntax.
 
     Raises:
-        CimError: for an unknown profile or parameter.
+        CimError: for an unknown profile or parameter, and for an invalid value.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -28,13 +28,17 @@ def compose(overrides: list[str], conf: Path = CONF) -> dict:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from cim.pipeline.groups import check_params
+
     if not (conf / "config.yaml").is_file():
         raise CimError(f"{conf}/config.yaml: not found; run from the repository's root")
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
-            return OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+            params = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise CimError(f"parameters: {' '.join(str(error).split())[:300]}") from None
+    check_params(params)
+    return params
 
 
 def dump(params: dict) -> str:

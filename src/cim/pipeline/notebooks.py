@@ -11,17 +11,15 @@ NOTEBOOKS = {
     "gallery": ("encoders",),
     "correlation": ("encoders", "model"),
     "train": ("compute", "encoders", "model", "reward", "sft", "variants"),
-    "evaluate": (),
+    "samples": ("encoders", "model", "reward"),
+    "evaluate": ("encoders", "reward"),
     "results": (),
 }
 
 
 def notebook_parameters(stage: str, params: dict, training_run: str | None = None) -> dict:
     """What Papermill sets in the notebook's cell tagged "parameters"."""
-    missing = [name for name in (stage, *NOTEBOOKS[stage]) if name not in params]
-    if missing:
-        raise CimError(f"params.yaml: group '{missing[0]}' is missing; stage {stage} needs it")
-    own = dict(params[stage] or {}) if stage != "train" else {"run": training_run, "train": params["train"]}
+    own = dict(params[stage]) if stage != "train" else {"run": training_run, "train": params["train"]}
     return own | {name: params[name] for name in NOTEBOOKS[stage]}
 
 

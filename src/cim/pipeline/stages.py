@@ -11,8 +11,10 @@ STAGES = (*MODULES, *NOTEBOOKS)
 
 
 def run(stage: str, training_run: str | None = None) -> None:
-    """Run one stage in the current folder."""
-    params = read_params()
+    """Run one stage in the current folder, once all parameters are valid: a later stage's too."""
+    from cim.pipeline.groups import check_params  # here, since the command line imports this module for STAGES
+
+    check_params(params := read_params())
     if stage in MODULES:
         import_module(f"cim.pipeline.{stage}").run(params)
         return

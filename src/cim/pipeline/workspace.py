@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cim.errors import CimError
 from cim.files import refuse_foreign, write_text
@@ -49,8 +50,9 @@ def prepare(folder: Path, params: dict, cache: Path) -> None:
     """
     refuse_foreign(folder, MARK, "workspace of cim pipeline")
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=False)
-    if listed.returncode:
-        raise CimError("cim pipeline: this is not a git checkout; clone the repository instead of copying its files")
+    if not listed.stdout:
+        why = " ".join(listed.stderr.split()) or "git tracks no file here"
+        raise CimError(f"cim pipeline needs a git checkout ({why}); clone the repository instead of copying its files")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     for name in filter(Path.is_file, map(Path, filter(None, listed.stdout.split("\0")))):
@@ -69,16 +71,24 @@ def prepare(folder: Path, params: dict, cache: Path) -> None:
 def publish(workspace: Path, folder: Path) -> None:
     """Copy a workspace's results to `folder`, with the params.yaml and dvc.lock that they came from.
 
+    They replace what was published there once all of them are copied.
+
     Raises:
         CimError: where the folder holds something else.
     """
     refuse_foreign(folder, "params.yaml", "folder of published results")
-    shutil.rmtree(folder, ignore_errors=True)
-    for path in sorted((workspace / RESULTS).iterdir()):
-        if path.is_dir() and not (path / "params.yaml").is_file():
-            shutil.copytree(path, folder / path.name)
-    for name in ("params.yaml", "dvc.lock"):
-        shutil.copy2(workspace / name, folder / name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+        new, old = Path(aside, "new"), Path(aside, "old")
+        new.mkdir()
+        for path in sorted((workspace / RESULTS).iterdir()):
+            if path.is_dir() and not (path / "params.yaml").is_file():
+                shutil.copytree(path, new / path.name)
+        for name in ("params.yaml", "dvc.lock"):
+            shutil.copy2(workspace / name, new / name)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
 
 
 def draw_raw_inputs(folder: Path) -> str:

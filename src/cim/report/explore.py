@@ -1,7 +1,6 @@
 """Trying captions of one image: what they retrieve and how they score, with the widgets of notebooks/explore.ipynb."""
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -10,7 +9,6 @@ import pandas as pd
 from cim.data.manifest import read_manifest
 from cim.errors import CimError
 from cim.files import read_json
-from cim.images import open_stored
 from cim.report.pages import render, thumbnail
 from cim.scorer import RewardSettings, Scorer, load_scorer
 
@@ -63,7 +61,7 @@ class Explorer:
             CimError: where the image cannot be read, or the gallery is too small for k.
         """
         scorer = Scorer(self.gallery, self.scorer.text, self.scorer.image, RewardSettings(k=k, beta=beta))
-        scorer.add_images({name: partial(open_stored, self.source(name)[0])})
+        scorer.add_images({name: self.source(name)[0]})
         scores, found = scorer.scores_and_rows(captions, [name] * len(captions))
         retrieved = [self.gallery.take(rows[rows >= 0]).to_dict("records") for rows in found]
         return scores.assign(caption=captions, retrieved=retrieved)

@@ -1,6 +1,7 @@
 """The figures of the notebooks: each function takes tables and returns a matplotlib figure."""
 
 import textwrap
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from cim.images import open_stored
+from cim.images import open_image
 from cim.report.tables import TITLES
-from cim.runs import LABELS
+from cim.runs import in_order, label
 
 SCORE_LABELS = {"grc": "GRC", "qir": "QIR", "cim": "CIM = GRC + QIR", "clipscore": "CLIPScore", "words": "words"}
 COLORS = {
@@ -26,6 +27,12 @@ TRAINING = {
     "reward": "reward", "score/grc": "GRC", "score/qir": "QIR", "kl": "KL from base", "variety/words": "words",
     "variety/distinct": "distinct captions in a step", "loss": "loss", "mean_token_accuracy": "token accuracy",
 }  # fmt: skip
+
+
+def color(method: str) -> str:
+    """A method's color in every figure; a variant's depends on its name alone."""
+    others = sns.color_palette("Dark2").as_hex()
+    return COLORS.get(method) or others[zlib.crc32(method.encode()) % len(others)]
 
 
 def style() -> None:
@@ -124,16 +131,16 @@ def metrics_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     Args:
         table: columns method, metric, value, low, high; metrics that it lacks are left out.
     """
-    methods = [m for m in LABELS if m in set(table["method"])][::-1]
+    methods = in_order(set(table["method"]))[::-1]
     metrics = [metric for metric in metrics if metric in set(table["metric"])]
     figure, axes = _panels(len(metrics), 4, 2.7, 0.32 * len(methods) + 1, sharey=True)
     for ax, metric in zip(axes, metrics, strict=True):
         part = table[table["metric"] == metric].set_index("method").reindex(methods)
         for y, (method, row) in enumerate(part.iterrows()):
-            ax.plot([row["low"], row["high"]], [y, y], color=COLORS[method], lw=2)
-            ax.plot(row["value"], y, "o", color=COLORS[method])
+            ax.plot([row["low"], row["high"]], [y, y], color=color(method), lw=2)
+            ax.plot(row["value"], y, "o", color=color(method))
         ax.axvline(part["value"].get("base", np.nan), color="0.6", lw=1, ls=":")
-        ax.set_yticks(range(len(part)), [LABELS[m] for m in methods])
+        ax.set_yticks(range(len(part)), [*map(label, methods)])
         ax.set_title(TITLES[metric])
         ax.set_ylim(-0.6, len(part) - 0.4)
         ax.grid(axis="y", visible=False)
@@ -146,7 +153,7 @@ def relations_figure(relations: Mapping[str, Mapping]) -> Figure:
     Args:
         relations: `relations` of an evaluation's metrics: method -> relation -> {"stated", "exact", ...}.
     """
-    methods = [m for m in LABELS if m in relations and m != "empty"]
+    methods = in_order(set(relations) - {"empty"})
     stated = {name: cell["stated"] for name, cell in relations[methods[0]].items()}
     names = sorted(stated, key=stated.get)[-12:]
     figure, ax = plt.subplots(figsize=(7, 0.16 * len(names) * max(3, len(methods)) + 1))
@@ -156,7 +163,7 @@ def relations_figure(relations: Mapping[str, Mapping]) -> Figure:
             [[c["value"], *c["interval"]] for c in cells], columns=["value", "low", "high"], dtype=float
         )
         at = np.arange(len(names)) + 0.7 * (0.5 - (i + 0.5) / len(methods))
-        options = {"fmt": "o", "ms": 4, "color": COLORS[method], "label": LABELS[method]}
+        options = {"fmt": "o", "ms": 4, "color": color(method), "label": label(method)}
         ax.errorbar(table["value"], at, xerr=_error(table), **options)
     ax.set_yticks(range(len(names)), [f"{name} ({stated[name]})" for name in names])
     ax.set(xlabel="recall", xlim=(-0.02, 1.02))
@@ -171,15 +178,70 @@ def length_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     Args:
         table: columns method, metric, value, low, high, with "words" among the metrics.
     """
-    methods = [m for m in LABELS if m in set(table["method"]) and m != "empty"]
+    methods = in_order(set(table["method"]) - {"empty"})
     cells = table.set_index(["method", "metric"])
     figure, axes = _panels(len(metrics), len(metrics), 3.4, 3.2)
     for ax, metric in zip(axes, metrics, strict=True):
         for method in methods:
             x, y = cells.loc[[(method, "words")]], cells.loc[[(method, metric)]]
-            options = {"fmt": "o", "color": COLORS[method], "label": LABELS[method]}
+            options = {"fmt": "o", "color": color(method), "label": label(method)}
             ax.errorbar(x["value"], y["value"], xerr=_error(x), yerr=_error(y), **options)
         ax.set(title=TITLES[metric], xlabel="words a caption")
+    _legend(axes[-1])
+    return figure
+
+
+def agreement_figure(table: pd.DataFrame, measure: str) -> Figure:
+    """Correlation of each score with quality within images: one panel a model, with 95 % intervals.
+
+    Args:
+        table: columns model, score, metric, value, low, high, as cim.evaluation.candidates.compare_scores gives.
+    """
+    models = table["model"].unique()
+    figure, axes = _panels(len(models), 3, 4, 3.4, sharey=True, sharex=True)
+    for ax, model in zip(axes, models, strict=True):
+        for metric, shift in (("tau", 0.12), ("pearson", -0.12)):
+            part = table[(table["model"] == model) & (table["metric"] == metric) & (table["score"] != "quality")][::-1]
+            options = {
+                "fmt": "o",
+                "capsize": 2,
+                "ms": 4,
+                "label": {"tau": "Kendall's tau", "pearson": "Pearson"}[metric],
+            }
+            ax.errorbar(part["value"], np.arange(len(part)) + shift, xerr=_error(part), **options)
+        ax.axvline(0, color="0.6", lw=1)
+        ax.set_yticks(range(len(part)), [SCORE_LABELS.get(score) or label(score) for score in part["score"]])
+        ax.set(title=f"captions of {model}", xlabel=f"with {measure}")
+        ax.grid(axis="y", visible=False)
+    _legend(axes[-1])
+    return figure
+
+
+def attacks_figure(table: pd.DataFrame) -> Figure:
+    """How often each score prefers each attack to the honest caption, as cim.evaluation.attacks.preferred gives it."""
+    share = table[table["attack"] != "honest"].pivot(index="score", columns="attack", values="share")
+    share = share.loc[table["score"].unique(), [a for a in table["attack"].unique() if a != "honest"]]
+    share.index = [SCORE_LABELS.get(score) or label(score) for score in share.index]
+    figure, ax = plt.subplots(figsize=(7.5, 0.35 * len(share) + 1.4))
+    sns.heatmap(100 * share, annot=True, fmt=".0f", cmap="Reds", vmin=0, vmax=100, cbar=False, ax=ax)
+    ax.set(xlabel="attack, preferred in % of images", ylabel="")
+    return figure
+
+
+def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
+    """Mean quality of the caption that each score chooses among N: one panel a model; arguments as agreement_figure."""
+    best = table[table["metric"].str.startswith("best_")]
+    best = best.assign(n=best["metric"].str.removeprefix("best_").astype(int))
+    best = best.assign(score=[SCORE_LABELS.get(score) or label(score) for score in best["score"]])
+    models = best["model"].unique()
+    figure, axes = _panels(len(models), 3, 3.6, 3.4, sharey=True)
+    for ax, model in zip(axes, models, strict=True):
+        part = best[best["model"] == model]
+        last = ax is axes[-1]
+        sns.lineplot(part, x="n", y="value", hue="score", style="score", markers=True, dashes=False, ax=ax, legend=last)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(part["n"].unique()), sorted(part["n"].unique()))
+        ax.set(title=f"captions of {model}", xlabel="N", ylabel=f"{measure} of the chosen")
     _legend(axes[-1])
     return figure
 
@@ -188,7 +250,7 @@ def images_figure(rows: Sequence[tuple[Path, str]], columns: int = 4, width: int
     """Images with text below each, wrapped at `width` characters."""
     figure, axes = _panels(len(rows), columns, 3.1, 3.6)
     for ax, (path, text) in zip(axes, rows, strict=True):
-        ax.imshow(open_stored(str(path)))
+        ax.imshow(open_image(path))
         wrapped = "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
         ax.set_title(wrapped, fontsize=7.5, y=-0.03, va="top", loc="left")
         ax.axis("off")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from cim.evaluation.statistics import with_interval
 from cim.files import read_json
 from cim.report.pages import render
 from cim.report.tables import KINDS, above, capture_table, markdown, readme_table, tau, text, trained_method
-from cim.runs import LABELS
+from cim.runs import label
 
 HOLDS = 0.9  # Spearman of the grades' mean scores: 1 where each grade scores above the one below
 CLAIMED = {"grc": ("fineness",), "qir": ("fineness", "accuracy"), "cim": ("fineness", "accuracy")}
@@ -18,6 +19,9 @@ FIGURES = {
     "correlation/levels": "mean scores of captions of rising fineness (top) and accuracy (bottom)",
     "correlation/correlations": "Spearman correlation of each score with caption quality, caption by caption",
     "correlation/density": "GRC against the share of the gallery that is searched",
+    "samples/agreement": "agreement of each score with quality, among captions sampled for one image",
+    "samples/attacks": "how often each score prefers a caption made to please it",
+    "samples/best_of": "quality of the caption that each score chooses among N",
     "train/*": "reward, its parts, KL divergence, length and diversity by training step",
     "evaluate/capture": "CAPTURE and SC-Captioner's scores by method",
     "evaluate/facts": "facts that the captions state, by method",
@@ -26,7 +30,12 @@ FIGURES = {
     "evaluate/length": "quality against length, by method",
     "evaluate/examples": "images whose captions gained and lost most",
 }
-COMMANDS = {"": "make repro", "study": "make study", "photos": "make photos DATA=folder"}
+COMMANDS = {
+    "": "make repro",
+    "study": "make study",
+    "flickr8k": "make photos-train DATA=folder",
+    "photos": "cim pipeline runs/photos correlation -S profile=photos -S dataset.folder=FOLDER",
+}
 
 
 def best_evaluation(results: Path, profile: str) -> Path:
@@ -78,7 +87,7 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
             if rival in counted:
                 own, other = cim["all_f1"], counted[rival]["all_f1"]
                 measured = f"{text('all_f1', own)} against {text('all_f1', other)}"
-                rows.append((f"CIM beats {LABELS[rival]} on F1 of all facts", measured, own["value"] > other["value"]))
+                rows.append((f"CIM beats {label(rival)} on F1 of all facts", measured, own["value"] > other["value"]))
     return [{"claim": claim, "measured": measured, "holds": bool(holds)} for claim, measured, holds in rows]
 
 
@@ -108,7 +117,7 @@ def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
     best = max(strict, key=lambda m: strict[m]["capture"]["value"] or 0.0)
     return _sentences(
         "evaluation.md",
-        label=LABELS[method] if method != "base" else None,
+        label=label(method) if method != "base" else None,
         capture=_change(strict, method, "capture"),
         comparison=compared.get("capture"),
         counted=bool(counted),
@@ -117,8 +126,37 @@ def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
         always_yes=facts["always_yes"].get("qa_accuracy"),
         fallen=[name.partition("_")[0] for name, gain in gains.items() if _falls(gain)],
         words=_change(strict, method, "words"),
-        best=f"{LABELS[best]}: {text('capture', strict[best]['capture'])}" if best != method else None,
+        best=f"{label(best)}: {text('capture', strict[best]['capture'])}" if best != method else None,
     )
+
+
+def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame) -> str:
+    """What stage samples found: for each model the best and the published score, what the best of N gains, and attacks.
+
+    Args:
+        table, attacked: of cim.evaluation.candidates.compare_scores and of cim.evaluation.attacks.preferred.
+    """
+    said = []
+    for model, rows in table.groupby("model", sort=False):
+        cells = dict(rows.set_index(["score", "metric"]).iterrows())
+        most = max(int(metric.removeprefix("gain_")) for _, metric in cells if metric.startswith("gain_"))
+        scores = [score for score in rows["score"].unique() if score != "quality"]
+        best = max(scores, key=lambda score: cells[score, "tau"]["value"])
+        shown = {score: _range(cells[score, "tau"]) for score in (best, "cim")}
+        gains = {score: _range(cells[score, f"gain_{most}"], 3) for score in (best, "cim", "quality")}
+        said.append(
+            f"Captions of `{model}`: {best} agrees best with {measure} within an image (tau {shown[best]}; cim "
+            f"{shown['cim']}). The best of {most} by {best} gains {gains[best]} over a random caption, by cim "
+            f"{gains['cim']}; by the truth {gains['quality']}."
+        )
+    worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last()
+    worst = [f"{r.Index} ({r.attack}: {r.share:.0%})" for r in worst.sort_values("share").itertuples()]
+    said.append(f"The attack that each score prefers to the honest caption most often: {', '.join(worst)}.")
+    return " ".join(said)
+
+
+def _range(cell: Mapping, digits: int = 2) -> str:
+    return with_interval({"value": cell["value"], "interval": (cell["low"], cell["high"])}, 1, digits)
 
 
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
@@ -128,7 +166,7 @@ def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     method, strict = trained_method(capture["methods"]), _strict(capture)
     return (
         f"Of the {len(rows)} claims of the paper that these results can test, {len(rows) - len(failed)} hold. {rest} "
-        f"With {LABELS[method]}, strict CAPTURE goes from {_change(strict, method, 'capture')} and caption length from "
+        f"With {label(method)}, strict CAPTURE goes from {_change(strict, method, 'capture')} and caption length from "
         f"{_change(strict, method, 'words')} words."
     )
 

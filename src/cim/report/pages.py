@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from cim.errors import CimError
 from cim.files import write_text
-from cim.images import open_stored
+from cim.images import open_image
 
 
 def render(template: str, **values) -> str:
@@ -27,7 +27,7 @@ def thumbnail(image: str, side: int = 160) -> str:
     Raises:
         CimError: where the image cannot be read.
     """
-    picture = open_stored(image)
+    picture = open_image(image)
     picture.thumbnail((side, side))
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=80)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from cim.evaluation.statistics import with_interval
 from cim.files import read_json
-from cim.runs import LABELS
+from cim.runs import label
 
 KINDS = ("object", "attribute", "relation")
 # (sc) marks SC-Captioner's scores, which also credit what is true and not in the reference.
@@ -19,15 +19,17 @@ TITLES = {
 } | {
     "qa_accuracy": "questions", "qa_balanced": "questions: balanced", "qa_yes": "questions: right where Yes",
     "qa_no": "questions: right where No", "capture": "CAPTURE", "grc": "GRC", "qir": "QIR", "cim": "CIM",
-    "words": "words",
+    "words": "words", "cider": "CIDEr-D", "R@1": "R@1", "R@10": "R@10", "ln_rank": "ln rank",
+    "repetition": "repetition", "noun_precision": "nouns: precision", "noun_recall": "nouns: recall",
 }  # fmt: skip
-PLAIN = {"grc": 2, "qir": 2, "cim": 2, "words": 1}  # digits of what is no share
+PLAIN = {"grc": 2, "qir": 2, "cim": 2, "words": 1, "ln_rank": 2}  # digits of what is no share
 HEADLINE = ("object_recall", "object_precision", "relation_recall", "relation_precision", "qa_accuracy")
 FACTS = (*HEADLINE, "attribute_recall", "background_recall", "qa_balanced")
 CAPTURE = (
     "capture", "object_f1", "attribute_f1", "relation_f1", "relation_recall", "sc_object_precision",
     "sc_attribute_precision", "cim", "words",
 )  # fmt: skip
+HUMAN = ("R@1", "R@10", "ln_rank", "cider", "noun_precision", "noun_recall", "repetition", "words")
 BENCHMARK = (*CAPTURE, "sc_object_f1", "sc_attribute_f1", "grc", "qir")  # for a terminal: what papers report, too
 # arXiv 2603.01696, COCO-LN500: model + CIM, with the gains over the base model as reported there.
 REPORTED = pd.DataFrame(
@@ -81,7 +83,7 @@ def capture_long(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
 def _wide(methods: Mapping[str, Mapping], seeds: Mapping[str, Sequence], names: Sequence[str]) -> pd.DataFrame:
     """Methods by metrics, as text."""
     rows = {
-        LABELS.get(m, m): {"seeds": len(seeds[m])} | {TITLES[n]: text(n, cells[n]) for n in names if n in cells}
+        label(m): {"seeds": len(seeds[m])} | {TITLES[n]: text(n, cells[n]) for n in names if n in cells}
         for m, cells in methods.items()
     }
     return pd.DataFrame(rows).T.fillna("")
@@ -98,14 +100,19 @@ def capture_table(capture: Mapping, mode: str, names: Sequence[str] = CAPTURE) -
     return _wide(methods, capture["seeds"], names).rename_axis(f"{mode} mode")
 
 
-def gains_table(facts: Mapping) -> pd.DataFrame:
-    """Each method's gain over the base, fact by fact, and whether the two intervals lie apart."""
+def human_table(human: Mapping) -> pd.DataFrame:
+    """Methods by how their captions compare with several human ones; shares and CIDEr-D times 100, with intervals."""
+    return _wide(*_counted(human), HUMAN).drop(label("always_yes"))
+
+
+def gains_table(facts: Mapping, names: Sequence[str] = (*FACTS, "words")) -> pd.DataFrame:
+    """Each method's gain over the base, metric by metric, and whether the two intervals lie apart."""
     rows = []
-    for method, name in ((m, n) for m in facts["methods"] if m not in ("base", "empty") for n in (*FACTS, "words")):
+    for method, name in ((m, n) for m in facts["methods"] if m not in ("base", "empty") for n in names):
         cell, base = (facts["methods"][m]["metrics"][name] for m in (method, "base"))
         relative = cell["gain"] / base["value"] if base["value"] else float("nan")
         gain = cell["gain"], *cell["gain_interval"], relative, above(cell, base)
-        rows.append((LABELS[method], TITLES[name], base["value"], cell["value"], *gain))
+        rows.append((label(method), TITLES[name], base["value"], cell["value"], *gain))
     columns = ["method", "metric", "base", "value", "gain", "gain low", "gain high", "relative", "intervals apart"]
     return pd.DataFrame(rows, columns=columns).round(3)
 
@@ -118,12 +125,17 @@ def above(cell: Mapping, other: Mapping) -> bool:
 def comparison_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
     """Each method against the first: paired difference, interval, effect (Cohen's d) and corrected p."""
     rows = [
-        (*map(r.get, ("method", "field", "difference")), *r["interval"], *map(r.get, ("effect", "p_holm", "images")))
+        (label(r["method"]), TITLES[r["field"]], r["difference"], *r["interval"], r["effect"], r["p_holm"], r["images"])
         for r in capture["comparisons"]
         if r["mode"] == mode and r["field"] in CAPTURE
     ]
     columns = ["method", "score", "difference", "low", "high", "effect", "p (Holm)", "images"]
-    return pd.DataFrame(rows, columns=columns).replace({"method": LABELS, "score": TITLES}).round(4)
+    return (
+        pd.DataFrame(rows, columns=columns)
+        .replace({"score": TITLES})
+        .assign(method=lambda rows: rows["method"].map(label))
+        .round(4)
+    )
 
 
 def metric_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
@@ -193,7 +205,7 @@ def summary(facts: Mapping, capture: Mapping) -> dict[str, float]:
 def headline(capture: Mapping) -> pd.DataFrame:
     """Strict CAPTURE of each method in percent, for `dvc plots show`: columns method, metric, value."""
     table = capture_long(capture).query("metric == 'capture'")[["method", "metric", "value"]]
-    return table.assign(method=table["method"].map(LABELS), value=(100 * table["value"]).round(1))
+    return table.assign(method=table["method"].map(label), value=(100 * table["value"]).round(1))
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -204,5 +216,5 @@ def markdown(table: pd.DataFrame) -> str:
 
 def readme_table(path: Path) -> str:
     """The headline table of stage evaluate's metrics.json in Markdown; R is recall, P precision."""
-    table = facts_table(read_json(path), HEADLINE).drop([LABELS["empty"], LABELS["always_yes"]], errors="ignore")
+    table = facts_table(read_json(path), HEADLINE).drop([label("empty"), label("always_yes")], errors="ignore")
     return markdown(table.rename(columns=lambda c: c.replace(": recall", " R").replace(": precision", " P")))

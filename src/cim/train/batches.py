@@ -34,6 +34,11 @@ def grpo_batches(s: TrainSettings, per_device: int | None, images: int, processe
             f"parameters: a rollout takes {rollout} images (train.images_per_step x train.updates_per_rollout), "
             f"but there are {images} to train on; lower them"
         )
+    if s.save_every % s.updates_per_rollout:
+        raise CimError(
+            f"parameters: train.save_every={s.save_every} should be a multiple of train.updates_per_rollout="
+            f"{s.updates_per_rollout}: captions of a rollout are not in a checkpoint"
+        )
     updates = s.steps or max(1, math.ceil(s.epochs * (images // rollout))) * s.updates_per_rollout
     summary = (
         f"a rollout: {rollout} images x {s.group_size} captions = {rollout * s.group_size} captions for "

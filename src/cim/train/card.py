@@ -35,7 +35,7 @@ def write_card(out: Path, run: str, model: ModelSettings, params: dict, images: 
     )  # fmt: skip
     shown = yaml.safe_dump({name: params[name] for name in groups}, sort_keys=False)
     text = CARD.format(
-        head=head.to_yaml(), base=model.name, run=run, how=how.format(method), steps=state.max_steps, images=images,
-        seed=seed, best=state.best_global_step or state.max_steps, prompt=model.prompt, params=shown,
+        head=head.to_yaml(), base=model.name, run=run, how=how.format(method), steps=state.global_step, images=images,
+        seed=seed, best=state.best_global_step or state.global_step, prompt=model.prompt, params=shown,
     )  # fmt: skip
     (out / "README.md").write_text(text, encoding="utf-8")

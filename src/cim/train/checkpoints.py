@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from cim.errors import CimError
 from cim.processes import processes
@@ -34,11 +34,33 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint once all of it is written."""
+    """Marks a checkpoint once all processes have written it, and only then deletes those before, but for the best.
+
+    Set no save_total_limit: Trainer deletes before the mark, and a kill then leaves an older one marked but incomplete.
+    """
 
     def on_save(self, args, state, control, **kwargs):
+        processes().wait_for_everyone()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            rotate_checkpoints(args.output_dir, 2, state.best_model_checkpoint)
+
+
+class EpochOrder(TrainerCallback):
+    """Shuffles each epoch by a seed of its own, so that a resumed run takes the images in the order of an unbroken one.
+
+    TRL's sampler draws the orders one after another, so a resumed run would start with the first epoch's again.
+    Accelerate's takes the epoch, but after skipping batches in one of several processes nothing passes it on.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batches = train_dataloader.batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler  # several processes have a sampler around it
+        epoch = int(state.epoch or 0)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        else:
+            sampler.generator.manual_seed(args.seed + epoch)
 
 
 def restore(model: torch.nn.Module, checkpoint: str) -> None:

@@ -69,6 +69,7 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         mask_truncated_completions=settings.truncated == "mask",
         # TRL loads the reference model of the KL term itself, by name.
         model_init_kwargs={"revision": model.revision} if model.revision else None,
+        generation_kwargs=never_sampled(job.model.config, job.compute),
         **vllm_options(job.compute),
     )
 
@@ -82,6 +83,13 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         reward = Guarded(reward, settings, set(np.hstack([end for end in ends if end is not None])))
     reward = SampleLog(reward, folder / SAMPLES, set(job.images.frame["image_id"]))
     return job.trainer(GRPOTrainer, folder, batches, columns, "eval_reward", config, reward_funcs=reward)
+
+
+def never_sampled(config: Any, compute: ComputeSettings) -> dict[str, Any]:
+    """Bars placeholders of images and videos from captions, as TRL takes it: a caption with one has no such image."""
+    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    tokens = [token for token in tokens if token is not None]
+    return {"suppress_tokens": tokens} if compute.vllm == "off" else {"logit_bias": dict.fromkeys(tokens, -100.0)}
 
 
 def vllm_options(compute: ComputeSettings) -> dict[str, Any]:

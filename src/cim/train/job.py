@@ -6,18 +6,22 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset
+from torch.distributed.tensor import DTensor, Partial
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from cim.captioners.models import VISION, ModelSettings, fit, load_model, longest_prompt
+from cim.captioners.vision_cache import cache_vision
 from cim.data.manifest import Manifest, read_manifest
 from cim.encoders import weights_digest
 from cim.errors import CimError
 from cim.files import read_json, short_digest, write_json
+from cim.images import open_image
 from cim.params import group
 from cim.runs import ON_SFT, parse_run, with_variant
 from cim.train import checkpoints
@@ -27,6 +31,7 @@ from cim.train.log import StepLog
 from cim.train.settings import ComputeSettings, TrainSettings
 
 INPUTS = "inputs.json"  # the last file of a trained run: what it was made from
+MERGED = "merged"  # the folder of an adapter's weights merged into its base
 SAMPLES = "samples.jsonl"  # GRPO's samples; they lie with the checkpoints until the run is finished
 
 
@@ -55,6 +60,12 @@ class Job:
             if not (start / INPUTS).is_file():
                 raise CimError(f"{start}: not trained yet; '{run}' starts from run '{start.name}', so train that first")
             self.model_settings = self.model_settings.at(start)
+        if Path(self.model_settings.name, "adapter_config.json").is_file():
+            # A new adapter and TRL's reference model name the weights that they start from: these must be on disk.
+            merged = Path(self.model_settings.name, MERGED)
+            if not merged.is_dir():
+                raise CimError(f"{merged.parent}: an adapter without merged weights; train it with train.merge=true")
+            self.model_settings = self.model_settings.at(merged)
         launched = (kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true")
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
@@ -84,7 +95,7 @@ class Job:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.artifacts / "logs" / self.run)  # there is no argument for it
         s, c, gpu = self.settings, self.compute, torch.cuda.is_available()
         shared = {
-            "output_dir": str(folder), "save_steps": s.save_every, "save_total_limit": 2, "seed": self.seed,
+            "output_dir": str(folder), "save_steps": s.save_every, "seed": self.seed,
             "max_steps": batches.updates, "per_device_train_batch_size": batches.per_device,
             "gradient_accumulation_steps": batches.accumulation, "bf16": s.bf16, "optim": s.optimizer,
             # transformers 5.23 calls it activation_checkpointing; older ones know this name only.
@@ -103,11 +114,16 @@ class Job:
             image_dataset(images, columns(images), self.model_settings.max_pixels) if len(images) else None
             for images in (self.images, self.validation)
         )
-        return kind(
+        average_head_gradient(self.model)
+        trainer = kind(
             args=config(**shared), model=self.model, processing_class=self.processor, train_dataset=train,
             eval_dataset=validation, peft_config=trainable(self.settings, self.model),
-            callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete()], **parts,
+            callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete(), checkpoints.EpochOrder()], **parts,
         )  # fmt: skip
+        if c.cache_vision and not self.sharded:  # the ranks of a sharded tower must all run it
+            for model in filter(None, (self.model, getattr(trainer, "ref_model", None))):
+                cache_vision(model)
+        return trainer
 
     def train(self, make_trainer: Callable[[Path], Any], train: dict, **inputs) -> None:
         """Train and save to `out`, unless the weights there were made from the same inputs.
@@ -142,6 +158,8 @@ class Job:
             if plain:
                 checkpoints.restore(self.model, resume)
                 trainer._load_from_checkpoint = lambda *args, **kwargs: None
+            if Path(resume).name == f"checkpoint-{trainer.args.max_steps}":  # Trainer would train one step more
+                trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
         trainer.train(resume_from_checkpoint=resume)
         if best := trainer.state.best_model_checkpoint:
             print(f"kept: step {trainer.state.best_global_step}, the best on validation images", flush=True)
@@ -161,11 +179,11 @@ class Job:
         self.processor.save_pretrained(self.out)
         write_json(self.out / "log.json", trainer.state.log_history, indent=0)
         if (folder / SAMPLES).is_file():
-            shutil.move(folder / SAMPLES, self.out / SAMPLES)
-        if self.settings.lora_rank and self.settings.merge:
+            shutil.copy(folder / SAMPLES, self.out / SAMPLES)
+        if self.settings.lora_rank and (self.settings.merge or self.method == "sft"):  # cim_on_sft starts from them
             merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
-            merged.save_pretrained(self.out / "merged")
-            self.processor.save_pretrained(self.out / "merged")
+            merged.save_pretrained(self.out / MERGED)
+            self.processor.save_pretrained(self.out / MERGED)
         write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
 
 
@@ -224,12 +242,30 @@ def trainable(settings: TrainSettings, model: torch.nn.Module):
     return None
 
 
+def average_head_gradient(model: torch.nn.Module) -> None:
+    """Average the gradient of the output layer over the processes where FSDP2 shares it among them.
+
+    TRL 1.16 reads that layer's weight without calling it, so that FSDP does not see it used: each process would keep
+    its own gradient. (accelerate 1.15 prevents this for models whose last norm it finds, which vision models hide.)
+    """
+    whole = model.get_output_embeddings
+
+    def get_output_embeddings():
+        head = whole()
+        if not isinstance(head.weight, DTensor):
+            return head
+        average = [Partial("avg")] * head.weight.device_mesh.ndim
+        gathered = {name: part.full_tensor(grad_placements=average) for name, part in head.named_parameters()}
+        return SimpleNamespace(**{"bias": None} | gathered)
+
+    model.get_output_embeddings = get_output_embeddings
+
+
 def image_dataset(images: Manifest, columns: dict[str, list], max_pixels: int | None) -> Dataset:
     """These columns and `images`, a list of one image each, opened and scaled down when a batch needs it."""
+
+    def opened(batch: dict) -> dict:
+        return batch | {"images": [[fit(open_image(path), max_pixels)] for (path,) in batch["images"]]}
+
     rows = columns | {"images": [[str(path)] for path in images.image_paths]}
-    data = Dataset.from_dict(rows).cast_column("images", List(Image()))
-
-    def fitted(batch: dict) -> dict:
-        return batch | {"images": [[fit(image, max_pixels) for image in row] for row in batch["images"]]}
-
-    return data.with_transform(fitted) if max_pixels else data
+    return Dataset.from_dict(rows).with_transform(opened)

@@ -75,12 +75,9 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
 
 def model_size(job: Job) -> Size:
     """Counted on the skeleton, with the run's frozen parts and adapters."""
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
-    model = job.model_settings
-    if (Path(model.name) / "adapter_config.json").is_file():  # merged into its base before training
-        model = model.at(PeftConfig.from_pretrained(model.name).base_model_name_or_path)
-    bones = skeleton(model)
+    bones = skeleton(job.model_settings)
     config = bones.config.get_text_config()
     total = sum(p.numel() for p in bones.parameters())
     if adapter := trainable(job.settings, bones):

@@ -1,12 +1,11 @@
 """The rewards as TRL calls them, and the samples that they leave."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from cim.captioners.generate import diversity
+from cim.captioners.generate import diversity, repetition
 from cim.errors import CimError
 from cim.files import write_text
 from cim.runs import REWARDS
@@ -51,19 +50,11 @@ class Guarded:
 
     def __call__(self, completions, completion_ids, **columns) -> list[float]:
         values = np.array(self.reward(completions=completions, completion_ids=completion_ids, **columns))
-        repeated = np.array([repetition(completion_text(completion)) for completion in completions])
-        values = values - self.settings.repetition * repeated
+        values = values - self.settings.repetition * repetition([completion_text(c) for c in completions])
         if self.settings.truncated == "lowest":
             cut = np.array([not ids or ids[-1] not in self.end_tokens for ids in completion_ids])
             values = np.where(cut, values.min(), values)
         return values.tolist()
-
-
-def repetition(caption: str) -> float:
-    """The share of a caption's pairs of successive words that occurred before in it."""
-    words = caption.lower().split()
-    pairs = list(pairwise(words))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 class SampleLog:

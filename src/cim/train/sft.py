@@ -58,4 +58,8 @@ def make_trainer(job: Job, settings: SftSettings, folder: Path) -> Any:
         answers = [[{"role": "assistant", "content": [{"type": "text", "text": caption}]}] for caption in captions]
         return {"prompt": [chat(job.model_settings.prompt)] * len(images), "completion": answers}
 
-    return job.trainer(SFTTrainer, folder, batches, columns, "eval_loss", config)
+    trainer = job.trainer(SFTTrainer, folder, batches, columns, "eval_loss", config)
+    # Every token of an update counts the same, however the update is divided: TRL computes the loss, not these models,
+    # most of which declare that theirs does not know the number of tokens.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer

@@ -9,14 +9,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
 from open_clip_train.scheduler import cosine_lr
-from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize
@@ -24,30 +23,14 @@ from tqdm import tqdm
 
 from cim.files import write_text
 from cim.images import open_image
-from cim.params import Settings
 from cim.processes import bfloat16_if_fast, default_device
 from cim.world.scenes import CELLS, Scene
+from cim.world.settings import EncoderTrainingSettings
 from cim.world.vocabulary import BACKGROUNDS, COLOURS, NAMES, SIZES
 
 EMPTY = len(NAMES)  # label of a cell without object
 IGNORED = -100  # label that cross_entropy skips
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-Batch = Annotated[int, Field(ge=2)]
-
-
-class EncoderTrainingSettings(Settings):
-    """The `encoder` group: the architecture, and how long each of the three phases lasts."""
-
-    trunk: str
-    embed_dim: PositiveInt
-    seed: int
-    batch_size: Batch
-    crop_epochs: PositiveInt
-    scene_epochs: PositiveInt
-    trunk_lr: PositiveFloat
-    clip_steps: PositiveInt
-    clip_batch: Batch
-    clip_lr: PositiveFloat
 
 
 def train_encoder(

@@ -1,0 +1,113 @@
+"""Several captions of each image: which score tells the better of them, and what choosing by it gains.
+
+Arrays are (images, captions), one row an image with as many captions as every other.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import comb
+
+import numpy as np
+import pandas as pd
+
+from cim.data.flickr8k import human_captions
+from cim.data.manifest import Manifest
+from cim.encoders import TextEncoder
+from cim.evaluation.caption_metrics import cider
+from cim.evaluation.statistics import Estimate, kendall_within, ratio, resample_weights
+from cim.rewards import RewardSettings
+from cim.scorer import Scorer
+from cim.world.scenes import Scene
+from cim.world.scoring import graph_f1, score_captions
+
+
+def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray, str]:
+    """(n,) true quality of each candidate, and its name: F1 of facts where scenes are known, else CIDEr-D."""
+    captions, images = candidates["caption"].tolist(), pd.Index(manifest.frame["image_id"])
+    rows = images.get_indexer(candidates["image_id"])
+    if not manifest.scenes_known:
+        return cider(captions, human_captions(manifest.frame), rows), "CIDEr-D"
+    scenes = manifest.frame["scene"].map(Scene.from_json).to_numpy()[rows]
+    return np.asarray(graph_f1(score_captions(captions, scenes.tolist(), [[]] * len(captions)))), "F1 of facts"
+
+
+def score_candidates(
+    scorer: Scorer, candidates: pd.DataFrame, rewards: Mapping[str, RewardSettings]
+) -> dict[str, np.ndarray]:
+    """Every score that needs no reference, (n,) by name: GRC, QIR and CIM of the scorer's own settings, CIM of other
+    settings by their names, CLIPScore and self-retrieval where the image encoder reads text, likelihood and words.
+
+    Args:
+        candidates: columns image_id, caption and, if known, likelihood; the scorer has these images.
+    """
+    captions, ids = candidates["caption"].tolist(), candidates["image_id"].tolist()
+    scorer = scorer.at(scorer.settings)
+    scorer.text = _Encoded(scorer.text, captions)
+    own = scorer.retrieval_scores(captions, ids)
+    scores = {name: own[name] for name in ("cim", "grc", "qir")}
+    scores |= {name: scorer.at(settings).retrieval_scores(captions, ids)["cim"] for name, settings in rewards.items()}
+    if scorer.image.reads_text:
+        scores |= scorer.paired_scores(captions, ids).to_dict("series")
+    scores |= {"likelihood": candidates["likelihood"]} if "likelihood" in candidates else {}
+    scores |= {"words": candidates["caption"].str.split().str.len()}
+    return {name: values.to_numpy(float) for name, values in scores.items()}
+
+
+class _Encoded:
+    """A text encoder that has these captions encoded already, once for all settings."""
+
+    def __init__(self, encoder: TextEncoder, captions: list[str]):
+        self.device, distinct = encoder.device, list(dict.fromkeys(captions))
+        self._vectors = dict(zip(distinct, encoder.encode(distinct), strict=True))
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self._vectors[text] for text in texts])
+
+
+def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
+    """(images,) expected quality of the caption that scores highest among n drawn without replacement.
+
+    Exact, over all draws: of m captions the r-th best by score (r = 0, 1, ...) is chosen in C(m - 1 - r, n - 1) of
+    C(m, n) draws. Captions of equal score share their ranks.
+    """
+    m = score.shape[1]
+    chance = np.array([comb(m - 1 - r, n - 1) / comb(m, n) for r in range(m)])
+    frame = pd.DataFrame({"image": np.repeat(np.arange(len(score)), m), "score": score.ravel(), "q": quality.ravel()})
+    frame = frame.sort_values(["image", "score"], ascending=[True, False], kind="stable")
+    shared = frame.groupby(["image", "score"])["q"].transform("mean").to_numpy()
+    return shared.reshape(score.shape) @ chance
+
+
+def pearson_within(score: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Pearson's correlation of deviations from each image's means; `weights` (resamples, images) draw images."""
+    x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
+    sums = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1)
+
+    def correlation(totals: np.ndarray) -> np.ndarray:
+        return ratio(totals[..., 0], np.sqrt(totals[..., 1] * totals[..., 2]))
+
+    return Estimate(correlation(sums.sum(0)), correlation(weights @ sums))
+
+
+def compare_scores(
+    scores: Mapping[str, np.ndarray], quality: np.ndarray, best: list[int], seed: int = 0, resamples: int = 1000
+) -> pd.DataFrame:
+    """How each score agrees with quality within images, and the mean quality of what it chooses.
+
+    Returns:
+        Columns score, metric, value, low, high; metrics are tau, pearson, best_N, and gain_N, the gain of best_N over a
+        random caption, paired by image. Intervals at 95 % over images.
+    """
+    weights = resample_weights(len(quality), resamples, np.random.default_rng(seed))
+    images, rows = np.repeat(np.arange(len(quality)), quality.shape[1]), []
+    random = quality.mean(1)
+    for name, score in scores.items():
+        rng = np.random.default_rng(seed)
+        tau = kendall_within(score.ravel(), quality.ravel(), images, rng, resamples)
+        pearson = pearson_within(score, quality, weights).cell()
+        cells = {"tau": tau, "pearson": pearson}
+        for n in best:
+            chosen = best_of(n, score, quality)
+            for metric, values in (("best", chosen), ("gain", chosen - random)):
+                cells[f"{metric}_{n}"] = Estimate(values.mean(), weights @ values / len(values)).cell()
+        rows += [(name, metric, cell["value"], *cell["interval"]) for metric, cell in cells.items()]
+    return pd.DataFrame(rows, columns=["score", "metric", "value", "low", "high"])

@@ -1,0 +1,106 @@
+"""The parameters of `correlation`, `samples`, `evaluate` and `cim judge`; imports no heavy library."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cim.params import Names, Settings, Share
+from cim.rewards import RewardSettings
+
+
+class CorrelationSettings(Settings):
+    """The `correlation` group."""
+
+    split: str
+    images: int = Field(ge=3)
+    seed: int
+    resamples: PositiveInt
+    reward: RewardSettings
+    fractions: list[Annotated[float, Field(gt=0, le=1)]]
+    ks: list[PositiveInt]
+    model_captions: bool = False
+
+
+class SamplesSettings(Settings):
+    """The `samples` group.
+
+    Attributes:
+        split, images: the first images of this split; 0 for all.
+        count: captions sampled for each, by every model.
+        models: runs of the pipeline, and `base-0`, the model before training.
+        rewards: further settings of the reward to compare, by name.
+        best_of: numbers of captions to choose from; at most `count`.
+    """
+
+    split: str
+    images: NonNegativeInt
+    count: int = Field(ge=2)
+    max_new_tokens: PositiveInt
+    models: Names
+    rewards: dict[str, RewardSettings] = Field(default_factory=dict)
+    best_of: list[PositiveInt] = Field(min_length=1)
+    temperature: PositiveFloat = 1.0
+    seed: int = 0
+    resamples: int = Field(1000, ge=100)
+
+
+class EvaluateSettings(Settings):
+    """The `evaluate` group.
+
+    Attributes:
+        encoder: the sentence encoder of CAPTURE's soft matching.
+        identification: the one that searches the human captions with a caption; None where there are not several.
+    """
+
+    splits: Names
+    parser: Literal["world", "pattern", "factual"]
+    encoder: str
+    seed: NonNegativeInt
+    resamples: int = Field(ge=100)
+    reader: str | None = None
+    wordnet: bool = True
+    identification: str | None = None
+
+
+class Setting(RewardSettings):
+    """One setting of the reward in the `judgements` study; k beyond the gallery's size means all of it.
+
+    Attributes:
+        text: the text rows of a gallery image: its first caption, the mean of all, or each.
+        rows: the first so many images of the gallery; None for all.
+    """
+
+    text: Literal["first", "mean", "each"] = "first"
+    rows: PositiveInt | None = None
+
+
+class JudgementSettings(Settings):
+    """The `judgements` group.
+
+    Attributes:
+        splits: whose images are the gallery, in random order.
+        seed: of that order, of the halves of the judged images and of the bootstrap.
+        settings: settings of the reward by name.
+        ks, decays, temperatures, whitens: the grid that a setting is chosen from; K beyond the gallery: all of it.
+        sizes: numbers of gallery images.
+        texts, images: other encoders to compare.
+    """
+
+    splits: Names
+    seed: NonNegativeInt
+    resamples: PositiveInt
+    settings: dict[str, Setting] = Field(min_length=1)
+    ks: list[PositiveInt] = Field(min_length=1)
+    decays: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    temperatures: list[PositiveFloat] = Field(min_length=1)
+    whitens: list[Share] = Field(min_length=1)
+    sizes: list[PositiveInt] = Field(min_length=1)
+    texts: list[str] = Field(default_factory=list)
+    images: list[str] = Field(default_factory=list)
+
+
+class JudgeSettings(Settings):
+    """The bootstrap of `cim judge`."""
+
+    seed: NonNegativeInt
+    resamples: PositiveInt

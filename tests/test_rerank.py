@@ -1,0 +1,52 @@
+"""Best of N: of several captions of each image the one that the reward prefers."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cim.cli.__main__ import main
+from cim.evaluation.attacks import nearest_captions
+from cim.score_files import best_captions
+
+
+def test_the_best_of_each_image_comes_first():
+    rows = [
+        ("a", 1.0, None),
+        ("b", 5.0, None),
+        ("a", 3.0, None),
+        ("a", 3.0, None),
+        ("b", 9.0, "unreadable"),
+        ("c", np.nan, "bad"),
+    ]
+    scores = pd.DataFrame(rows, columns=["image_id", "cim", "error"])
+    assert best_captions(scores).index.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rerank_keeps_one_caption_an_image(gallery, world, tmp_path, capsys, suffix):
+    test = world.split("test").take(range(4))
+    wrong = np.roll(test.captions, 1)
+    rows = [
+        {"image": str(path), "caption": caption}
+        for path, true, other in zip(test.image_paths, test.captions, wrong, strict=True)
+        for caption in (other, true, "")
+    ]
+    source, out = tmp_path / "candidates.jsonl", tmp_path / f"best.{suffix}"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["rerank", str(source), "--gallery", str(gallery.folder), "--out", str(out), "-k", "2", "--by", "qir"])
+    read = pd.read_parquet if suffix == "parquet" else lambda path: pd.read_json(path, lines=True)
+    best, scores = read(out), read(out.with_stem("best-all"))
+    assert len(scores) == 12
+    assert best["image_id"].tolist() == [str(path) for path in test.image_paths]
+    assert best["qir"].tolist() == scores.groupby("image_id", sort=False)["qir"].max().tolist()
+    assert "12 candidates" in capsys.readouterr().out
+
+
+def test_the_nearest_caption_is_that_of_the_most_similar_image(gallery):
+    rows = [3, 0, 7]
+    assert (
+        nearest_captions(gallery, gallery.image_vectors(np.array(rows)))
+        == gallery.take(np.array(rows))["caption"].tolist()
+    )
