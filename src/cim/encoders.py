@@ -60,11 +60,15 @@ class ImageEncoder:
         embed_text: Callable[[list[str]], torch.Tensor] | None = None,
         batch_size: int = 128,
         device: torch.device | None = None,
+        precision: str = "float32",
     ):
         self.spec, self.model, self.batch_size, self.device = spec, model, batch_size, device or default_device()
+        self.precision = precision
         self._preprocess, self._embed, self._embed_text = preprocess, embed, embed_text
         self.reads_text = embed_text is not None
-        model.eval().to(self.device)
+        # Channels last is the fast layout of convolutions in short floats.
+        self._layout = torch.preserve_format if precision == "float32" else torch.channels_last
+        model.eval().to(self.device, memory_format=self._layout)
         self.digest = weights_digest(model)
         self.dim = self._normalized(embed, preprocess(Image.new("RGB", (64, 64)))[None].to(self.device)).shape[1]
 
@@ -106,7 +110,8 @@ class ImageEncoder:
             if errors:
                 unreadable.update(errors)
             if rows:
-                out[rows] = self._normalized(self._embed, pixels.to(self.device))
+                with bfloat16_if_fast(self.device) if self.precision == "bfloat16" else nullcontext():
+                    out[rows] = self._normalized(self._embed, pixels.to(self.device, memory_format=self._layout))
         return out
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
@@ -135,7 +140,7 @@ def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Imag
 def load_encoders(settings: EncoderSettings) -> tuple[TextEncoder, ImageEncoder]:
     """Both encoders of the `encoders` group."""
     text = load_text_encoder(settings.text, settings.text_batch, precision=settings.text_precision)
-    return text, load_image_encoder(settings.image, settings.image_batch)
+    return text, load_image_encoder(settings.image, settings.image_batch, precision=settings.image_precision)
 
 
 def load_text_encoder(
@@ -154,7 +159,9 @@ def load_text_encoder(
     return TextEncoder(spec, model, batch_size, precision)
 
 
-def load_image_encoder(spec: str, batch_size: int = 128, device: torch.device | None = None) -> ImageEncoder:
+def load_image_encoder(
+    spec: str, batch_size: int = 128, device: torch.device | None = None, precision: str = "float32"
+) -> ImageEncoder:
     """The image encoder that `spec` names; see the module's docstring for the forms.
 
     Raises:
@@ -166,7 +173,7 @@ def load_image_encoder(spec: str, batch_size: int = 128, device: torch.device | 
         raise CimError(f"image encoder '{spec}': should begin with {', '.join(k + ':' for k in _IMAGE_LOADERS)}")
     with _clear_errors("image encoder", spec):
         parts = _IMAGE_LOADERS[kind](name, device)
-    return ImageEncoder(spec, *parts, batch_size=batch_size, device=device)
+    return ImageEncoder(spec, *parts, batch_size=batch_size, device=device, precision=precision)
 
 
 @contextmanager

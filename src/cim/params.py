@@ -23,7 +23,7 @@ class Settings(BaseModel):
 
 
 class EncoderSettings(Settings):
-    """The `encoders` group: which text and image encoder, how many inputs at once, and the text's precision.
+    """The `encoders` group: which text and image encoder, how many inputs at once, and their precision.
 
     Here, and not in cim.encoders, so that checking parameters imports no PyTorch.
     """
@@ -34,6 +34,7 @@ class EncoderSettings(Settings):
     image_batch: PositiveInt = 128
     # bfloat16 is used only where the hardware computes in it, else float32.
     text_precision: Literal["float32", "bfloat16"] = "float32"
+    image_precision: Literal["float32", "bfloat16"] = "float32"
 
 
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:

@@ -52,21 +52,34 @@ class Study:
 
     def scores(self, setting: Setting) -> pd.DataFrame:
         """GRC, QIR and CIM of each pair, columns grc, qir, cim."""
-        rows, similarity = self._search(setting.text, setting.rows)
-        gallery, sources = self._vectors(setting.center, setting.whiten, setting.rows)
-        rows, similarity = rows[:, : setting.k], similarity[:, : setting.k]
+        grc, qir = self.grc(setting), self.qir(setting)
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
+
+    def grc(self, setting: Setting) -> np.ndarray:
+        """(p,) as rewards.gallery_representation_consistency, at any K."""
+        rows, _ = self._retrieved(setting)
+        gallery, _ = self._vectors(setting.center, setting.whiten, setting.rows)
+        return np.linalg.norm(_sums(rows, np.full(rows.shape, 1 / rows.shape[1]), gallery), axis=1)[self.pairs[:, 0]]
+
+    def qir(self, setting: Setting) -> np.ndarray:
+        """(p,) as rewards.query_gallery_image_relevance, at any K."""
+        rows, similarity = self._retrieved(setting)
         if setting.temperature is None:
             weights = np.tile(rank_weights(rows.shape[1], setting.decay), (len(rows), 1))
         else:
             weights = similarity_weights(similarity, setting.temperature)
+        gallery, sources = self._vectors(setting.center, setting.whiten, setting.rows)
         caption, source = self.pairs.T
-        grc = np.linalg.norm(_sums(rows, np.full(rows.shape, 1 / rows.shape[1]), gallery), axis=1)[caption]
-        qir = (_sums(rows, weights, gallery) @ sources.T)[caption, source]
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
+        return (_sums(rows, weights, gallery) @ sources.T)[caption, source]
+
+    def _retrieved(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+        """(n, k) gallery images of each caption, nearest text first, and the similarities of the texts."""
+        rows, similarity = self._search(setting.text, setting.rows)
+        return rows[:, : setting.k], similarity[:, : setting.k]
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _search(self, text: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """The gallery images of each caption, nearest text first, and the similarities."""
+        """The whole gallery in the order of each caption."""
         texts = self.texts[:rows]
         if text == "mean":
             texts = texts.mean(axis=1, keepdims=True)
@@ -87,9 +100,10 @@ class Study:
 def _sums(rows: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """(n, d) weighted sums of the (n, k) rows of (N, d) vectors; a row may occur more than once."""
     n, k = rows.shape
-    sparse = csr_array((weights.ravel(), rows.ravel(), np.arange(0, n * k + 1, k)), (n, len(vectors)))
-    # Dense, since k may be as large as N.
-    return sparse.toarray().astype(np.float32) @ vectors
+    sparse = csr_array(
+        (weights.astype(np.float32).ravel(), rows.ravel(), np.arange(0, n * k + 1, k)), (n, len(vectors))
+    )
+    return sparse.toarray() @ vectors  # dense, since k may be as large as N
 
 
 def judged_pairs(judgements: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:

@@ -30,7 +30,7 @@ def train(run: str, params: dict, artifacts: Path) -> None:
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
         reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
-        precision=group(EncoderSettings, job.params.get("encoders"), "encoders").text_precision,
+        precision=[job.params["encoders"].get(f"{kind}_precision") for kind in ("text", "image")],
         gallery={name: marks["whole"] for name, marks in read_info(artifacts / "gallery")["files"].items()},
     )
 

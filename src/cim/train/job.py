@@ -217,7 +217,8 @@ def check_possible(settings: TrainSettings, compute: ComputeSettings, model: Mod
         )
     if compute.vllm != "off" and find_spec("vllm") is None:
         raise CimError(
-            f"parameters: compute.vllm={compute.vllm} needs vllm; run 'pip install cim[gpu]' or set it to off"
+            f"parameters: compute.vllm={compute.vllm} needs vllm in an environment with an older torch "
+            "(docs/published-setting.md); install it there or set it to off"
         )
     if model.dtype != "float32" and not settings.lora_rank and distributed != "DEEPSPEED":
         raise CimError(
