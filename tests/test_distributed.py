@@ -120,7 +120,8 @@ def test_two_processes_that_share_weights_train_as_one(published, server, run, r
     one = out.rename("one")
     assert finish(start(server, run, 2)) == [0, 0]
     assert json.loads(Path("kinds-1.json").read_text()) == ["DTensor"]
-    for key in ("loss", "kl", "reward", "eval_reward", "eval_loss", "grad_norm"):
+    # TRL's loss of a validation depends on its batches; it chooses nothing.
+    for key in ("loss", "kl", "reward", "grad_norm", "eval_loss" if run == "sft-0" else "eval_reward"):
         assert column(out, key) == pytest.approx(column(one, key), rel=1e-3, abs=1e-5), key
     (expected, said), (found, says) = weights_and_captions(one), weights_and_captions(out)
     assert says == said

@@ -3,6 +3,7 @@
     accelerate launch --num_processes 1 --cpu -m cim.train --run cim-0              two CPU cores
     accelerate launch --num_processes 1 -m cim.train --run cim-0                    one GPU
     accelerate launch --num_processes 8 --mixed_precision bf16 -m cim.train --run cim-0    eight GPUs
+    torchrun --nproc_per_node 8 -m -- cim.train --run cim-0                         without accelerate's launcher
 
 A run is METHOD-SEED. The method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), cim_on_sft (GRPO from the
 fine-tuned model), sft (on captions as annotators write them) or sft_perfect (on complete captions without errors).

@@ -50,7 +50,8 @@ class Guarded:
 
     def __call__(self, completions, completion_ids, **columns) -> list[float]:
         values = np.array(self.reward(completions=completions, completion_ids=completion_ids, **columns))
-        values = values - self.settings.repetition * repetition([completion_text(c) for c in completions])
+        repeated = repetition([completion_text(c) for c in completions])
+        values = values - self.settings.repetition * values.std() * repeated
         if self.settings.truncated == "lowest":
             cut = np.array([not ids or ids[-1] not in self.end_tokens for ids in completion_ids])
             values = np.where(cut, values.min(), values)

@@ -55,7 +55,8 @@ class TrainSettings(Length, SharedSettings):
         schedule: of the learning rate after warm-up, by transformers' name.
         scale_rewards: advantages divided by the standard deviation of the group, of the batch, or not at all (none).
         truncated: a caption cut off at max_completion: keep its reward, mask it from the loss, or give it the lowest.
-        repetition: subtracted from the reward, times the share of a caption's word pairs that occurred before in it.
+        repetition: subtracted from the reward, in standard deviations of the batch's rewards, times the share of a
+            caption's word pairs that occurred before in it.
     """
 
     images_per_step: PositiveInt
