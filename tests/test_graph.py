@@ -65,7 +65,7 @@ def repository(tmp_path_factory):
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["runs"]["on_sft"] = [0]
+    params["runs"]["on_sft"], params["judgements"]["of"] = [0], ["flickr8k"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "data").mkdir()
     (folder / "data" / "raw").write_text("raw")
@@ -118,12 +118,13 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("train", "lora_rank", 8, {"train", "on_sft", "sft"}),
         ("compute", "log_to", ["tensorboard"], set()),
         ("compute", "per_device", 1, set()),
-        ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate"}),
+        ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
         ("sft", "lr", 1.0, {"sft"}),
         ("gallery", "recall", 0.5, {"gallery"}),
-        ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft", "samples", "evaluate"}),
+        ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft", "samples", "evaluate", "judgements"}),
         ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
         ("samples", "seed", 1, {"samples"}),
+        ("judgements", "seed", 1, {"judgements"}),
         ("correlation", "seed", 1, {"correlation"}),
         ("evaluate", "seed", 1, {"evaluate"}),
         ("captions", "batch", 1, {"captions"}),
@@ -144,7 +145,7 @@ def test_a_change_of_a_parameter_marks_the_stages_that_read_it(repository, group
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
-        ("data/raw", {"dataset"}),
+        ("data/raw", {"dataset", "judgements"}),
         ("conf/none/README", {"gallery"}),
         ("results/photos/params.yaml", {"results"}),
         ("results/study/params.yaml", {"results"}),

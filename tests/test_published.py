@@ -402,7 +402,7 @@ def test_the_pets_are_graded_from_animal_to_breed(tmp_path, world):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("not json", "not JSON"),
+        ("not json", "not valid JSON"),
         ('[{"images": ["a.jpg"]}]', "entry 0 should hold a prompt and a caption"),
         ('[{"conversations": [{"value": "p"}, {"value": "c"}], "images": ["a.jpg", "b.jpg"]}]', "and one image"),
         ("[]", "holds no captions"),

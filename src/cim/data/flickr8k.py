@@ -58,8 +58,9 @@ def read(
 
 
 def human_captions(frame: pd.DataFrame) -> list[list[str]]:
-    """All captions of each image of a manifest's frame that `read` made."""
-    return [[first, *json.loads(rest)] for first, rest in zip(frame["caption"], frame["queries"], strict=True)]
+    """All captions of each image of a manifest's frame; one where it has no `queries`, which `read` writes."""
+    rest = frame["queries"] if "queries" in frame else ["[]"] * len(frame)
+    return [[first, *json.loads(others)] for first, others in zip(frame["caption"], rest, strict=True)]
 
 
 def read_captions(folder: Path) -> pd.DataFrame:

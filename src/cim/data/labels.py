@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 def labels_of(manifest: Manifest, name: str) -> Labels:
     """The labels in a manifest: its captions, joined where an image has several, questions and extended lists."""
     frame = manifest.frame.set_index("image_id")
-    references = map(" ".join, human_captions(frame)) if "queries" in frame else frame["caption"]
+    references = map(" ".join, human_captions(frame))
 
     def column(key: str, values: type) -> dict[str, Any]:
         read, cells = TypeAdapter(values).validate_json, frame[key].items() if key in frame else ()

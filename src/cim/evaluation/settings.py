@@ -78,6 +78,7 @@ class JudgementSettings(Settings):
     """The `judgements` group.
 
     Attributes:
+        of: the data sets whose judgements are studied: flickr8k, or none; in `folder`, in their published layout.
         splits: whose images are the gallery, in random order.
         seed: of that order, of the halves of the judged images and of the bootstrap.
         settings: settings of the reward by name.
@@ -86,6 +87,8 @@ class JudgementSettings(Settings):
         texts, images: other encoders to compare.
     """
 
+    of: list[Literal["flickr8k"]] = Field(max_length=1)
+    folder: str
     splits: Names
     seed: NonNegativeInt
     resamples: PositiveInt

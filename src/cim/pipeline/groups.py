@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 
 from cim.captioners.settings import CaptionSettings, ModelSettings, PhotoCaptionerSettings
 from cim.data.dataset import DatasetSettings
-from cim.evaluation.settings import CorrelationSettings, EvaluateSettings, SamplesSettings
+from cim.evaluation.settings import CorrelationSettings, EvaluateSettings, JudgementSettings, SamplesSettings
 from cim.gallery.settings import GallerySettings
 from cim.params import EncoderSettings, Settings, group
 from cim.rewards import RewardSettings
@@ -55,6 +55,7 @@ GROUPS = {
     "encoders": EncoderSettings,
     "evaluate": EvaluateSettings,
     "gallery": GallerySettings,
+    "judgements": JudgementSettings,
     "model": ModelSettings,
     "results": ResultSettings,
     "reward": RewardSettings,

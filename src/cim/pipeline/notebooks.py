@@ -9,6 +9,7 @@ from cim.pipeline.paths import REPORTS
 # Notebook stage -> the groups of params.yaml it is given: its own unpacked, the others whole.
 NOTEBOOKS = {
     "gallery": ("encoders",),
+    "judgements": ("encoders", "reward"),
     "correlation": ("encoders", "model"),
     "train": ("compute", "encoders", "model", "reward", "sft", "variants"),
     "samples": ("encoders", "model", "reward"),
