@@ -16,6 +16,10 @@ CLAIMED = {"grc": ("fineness",), "qir": ("fineness", "accuracy"), "cim": ("finen
 PRECISION = [f"{kind}_precision" for kind in KINDS]
 FIGURES = {
     "gallery/density": "how similar a gallery image's nearest neighbours are",
+    "judgements/agreement": "agreement with people's judgements of captions, on photos that nothing was chosen on",
+    "judgements/k": "agreement by the number of retrieved images and their weights",
+    "judgements/size": "agreement by the size of the gallery",
+    "evaluate/human": "captions compared with several human ones, by method",
     "correlation/levels": "mean scores of captions of rising fineness (top) and accuracy (bottom)",
     "correlation/correlations": "Spearman correlation of each score with caption quality, caption by caption",
     "correlation/density": "GRC against the share of the gallery that is searched",
@@ -33,6 +37,7 @@ FIGURES = {
 COMMANDS = {
     "": "make repro",
     "study": "make study",
+    "flickr8k-judgements": "make photos DATA=folder",
     "flickr8k": "make photos-train DATA=folder",
     "photos": "cim pipeline runs/photos correlation -S profile=photos -S dataset.folder=FOLDER",
 }
