@@ -58,7 +58,7 @@ def test_fine_tuning_depends_on_what_it_reads_of_the_train_group():
 def repository(tmp_path_factory):
     """The pipeline with all its stages up to date, made by the stub."""
     folder = tmp_path_factory.mktemp("graph")
-    for name in ("src", "notebooks", "conf", "results/study", "results/photos", "results/flickr8k-judgements"):
+    for name in ("src", "notebooks", "conf", "results/study", "results/photos", "results/flickr8k", "results/flickr8k-judgements"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_*")
         )
