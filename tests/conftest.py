@@ -1,7 +1,6 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
 import os
-import sys
 from contextlib import chdir
 from pathlib import Path
 
@@ -50,6 +49,18 @@ def reference():
     if not REFERENCE.is_dir():
         pytest.skip("no ../shared/reference here")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def wordnet():
+    """WordNet, where this machine has it."""
+    from cim.errors import CimError
+    from cim.evaluation.capture.synonyms import load_wordnet
+
+    try:
+        return load_wordnet()
+    except CimError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -180,16 +191,3 @@ def assert_the_same(out: Path, whole: Path):
         assert values(out, key) == values(whole, key), key
     for path in (*whole.glob("*.safetensors"), *whole.glob("samples.jsonl")):
         assert (out / path.name).read_bytes() == path.read_bytes(), path
-
-
-@pytest.fixture(autouse=True)
-def _generation_as_it_was():
-    """two_processes.give_captions replaces how all models generate: the next test of this process must not see it."""
-    if "transformers" not in sys.modules:
-        yield
-        return
-    from transformers import GenerationMixin
-
-    generate = GenerationMixin.generate
-    yield
-    GenerationMixin.generate = generate

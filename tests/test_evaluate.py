@@ -30,7 +30,6 @@ from cim.evaluation.capture.readers import (
     question_scores,
     read_all,
 )
-from cim.evaluation.capture.synonyms import load_wordnet
 from cim.files import read_json
 from cim.report import figures, findings, pages, tables
 from cim.world.graphs import WorldReader
@@ -48,14 +47,6 @@ LABELS = {
     },
     "extra_attributes.json": {i: {"owl": ["red", "wild"], "dog": ["black"]} for i in "abc"},
 }
-
-
-@pytest.fixture
-def wordnet():
-    try:
-        return load_wordnet()
-    except CimError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from cim import encoders, files, score_files, scorer
 from cim.cli.__main__ import main
 from cim.data import downloads
 from cim.data.labels import read_captions
+from cim.evaluation import facts
 from cim.gallery import build, shards
 from cim.gallery.settings import BuildSettings
 from cim.gallery.shards import Record, Shard, shards_of
@@ -64,8 +65,10 @@ def stubs(monkeypatch):
     torch.manual_seed(0)
     weights = torch.zeros(1)
     monkeypatch.setattr(Words, "state_dict", lambda self: {"w": weights})
-    for module in (encoders, scorer):
+    # facts is imported before they are replaced: else it would keep the stand-ins for other test files.
+    for module in (encoders, scorer, facts):
         monkeypatch.setattr(module, "load_text_encoder", text)
+    for module in (encoders, scorer):
         monkeypatch.setattr(module, "load_image_encoder", image)
 
 

@@ -58,7 +58,15 @@ def test_fine_tuning_depends_on_what_it_reads_of_the_train_group():
 def repository(tmp_path_factory):
     """The pipeline with all its stages up to date, made by the stub."""
     folder = tmp_path_factory.mktemp("graph")
-    for name in ("src", "notebooks", "conf", "results/study", "results/photos", "results/flickr8k", "results/flickr8k-judgements"):
+    for name in (
+        "src",
+        "notebooks",
+        "conf",
+        "results/study",
+        "results/photos",
+        "results/flickr8k",
+        "results/flickr8k-judgements",
+    ):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_*")
         )
@@ -121,7 +129,12 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
         ("sft", "lr", 1.0, {"sft"}),
         ("gallery", "recall", 0.5, {"gallery"}),
-        ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft", "samples", "evaluate", "judgements"}),
+        (
+            "encoders",
+            "text",
+            "other",
+            {"gallery", "correlation", "train", "on_sft", "samples", "evaluate", "judgements"},
+        ),
         ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
         ("samples", "seed", 1, {"samples"}),
         ("judgements", "seed", 1, {"judgements"}),

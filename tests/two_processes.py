@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from transformers import GenerationMixin
 
 from cim.params import read_params
-from cim.train.grpo import load_scorer, make_trainer
+from cim.train.grpo import job_scorer, make_trainer
 from cim.train.job import Job
 
 CAPTIONS = (
@@ -59,7 +59,7 @@ def give_captions(trainer):
 
 def main(out: Path) -> None:
     job = Job("cim-0", read_params(), Path("artifacts")).load()
-    trainer = give_captions(make_trainer(job, load_scorer(job, job.artifacts), out / "checkpoints"))
+    trainer = give_captions(make_trainer(job, job_scorer(job, job.artifacts), out / "checkpoints"))
     record, reward = {}, trainer.reward_funcs[0]
 
     def recorded(completions, image_id, **columns):

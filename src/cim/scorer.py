@@ -10,11 +10,12 @@ import pandas as pd
 
 from cim import rewards
 from cim.data.manifest import Manifest
-from cim.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from cim.encoders import ImageEncoder, TextEncoder, load_encoders, load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.search import blocks
 from cim.gallery.store import SMALL, Gallery, load_gallery, read_info
 from cim.images import content_digest, open_image, read_stored
+from cim.params import EncoderSettings
 from cim.rewards import RewardSettings
 
 GATHERED = 16_384  # retrieved embeddings in memory at once
@@ -189,13 +190,18 @@ def _not_empty(captions: Sequence[str]) -> np.ndarray:
     return np.array([bool(c.strip()) for c in captions], dtype=bool)
 
 
-def load_scorer(folder: Path | str, settings: RewardSettings | None = None) -> Scorer:
-    """A scorer on a gallery, with the encoders that it was built with.
+def load_scorer(
+    folder: Path | str, settings: RewardSettings | None = None, encoders: EncoderSettings | None = None
+) -> Scorer:
+    """A scorer on a gallery, with these encoders; None for those that the gallery names.
 
     Raises:
-        CimError: where the gallery or one of its encoders cannot be loaded.
+        CimError: where the gallery or an encoder cannot be loaded, or the gallery was built with others.
     """
-    info = read_info(Path(folder))
-    text = load_text_encoder(info["text_encoder"]["spec"], precision="bfloat16")
-    image = load_image_encoder(info["image_encoder"]["spec"])
+    if encoders is None:
+        info = read_info(Path(folder))
+        text = load_text_encoder(info["text_encoder"]["spec"], precision="bfloat16")
+        image = load_image_encoder(info["image_encoder"]["spec"])
+    else:
+        text, image = load_encoders(encoders)
     return Scorer(load_gallery(folder, text, image), text, image, settings or RewardSettings())

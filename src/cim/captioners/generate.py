@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cim.captioners.models import ModelSettings, prompt_inputs
+from cim.captioners.models import prompt_inputs
+from cim.captioners.settings import ModelSettings
 from cim.data.manifest import Manifest
 from cim.images import open_image
 

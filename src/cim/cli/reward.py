@@ -16,7 +16,7 @@ def add_reward_options(command: argparse.ArgumentParser) -> None:
 def reward_settings(arguments: argparse.Namespace):
     """The RewardSettings that these options give; CimError for invalid ones."""
     from cim.params import group, read_params
-    from cim.scorer import RewardSettings
+    from cim.rewards import RewardSettings
 
     values = read_params(arguments.reward) if arguments.reward else {}
     values |= {name: value for name in ("k", "beta", "decay") if (value := getattr(arguments, name)) is not None}

@@ -6,8 +6,8 @@ import numpy as np
 
 from cim import code
 from cim.captioners.generate import caption_images
-from cim.captioners.models import ModelSettings, load_model
-from cim.captioners.settings import CaptionSettings
+from cim.captioners.models import load_model
+from cim.captioners.settings import CaptionSettings, ModelSettings
 from cim.data.manifest import read_manifest
 from cim.encoders import weights_digest
 from cim.files import read_json, write_json

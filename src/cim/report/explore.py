@@ -10,7 +10,8 @@ from cim.data.manifest import read_manifest
 from cim.errors import CimError
 from cim.files import read_json
 from cim.report.pages import render, thumbnail
-from cim.scorer import RewardSettings, Scorer, load_scorer
+from cim.rewards import RewardSettings
+from cim.scorer import Scorer, load_scorer
 
 LISTED = 1000  # images in the menu; any other can be typed
 

@@ -35,6 +35,11 @@ def color(method: str) -> str:
     return COLORS.get(method) or others[zlib.crc32(method.encode()) % len(others)]
 
 
+def score_label(score: str) -> str:
+    """A score's name in figures; a setting of the reward has its own."""
+    return SCORE_LABELS.get(score) or label(score)
+
+
 def style() -> None:
     """One look for all notebooks."""
     sns.set_theme(context="notebook", style="whitegrid", palette="deep", font_scale=0.9)
@@ -202,15 +207,11 @@ def agreement_figure(table: pd.DataFrame, measure: str) -> Figure:
     for ax, model in zip(axes, models, strict=True):
         for metric, shift in (("tau", 0.12), ("pearson", -0.12)):
             part = table[(table["model"] == model) & (table["metric"] == metric) & (table["score"] != "quality")][::-1]
-            options = {
-                "fmt": "o",
-                "capsize": 2,
-                "ms": 4,
-                "label": {"tau": "Kendall's tau", "pearson": "Pearson"}[metric],
-            }
+            name = {"tau": "Kendall's tau", "pearson": "Pearson"}[metric]
+            options = {"fmt": "o", "capsize": 2, "ms": 4, "label": name}
             ax.errorbar(part["value"], np.arange(len(part)) + shift, xerr=_error(part), **options)
         ax.axvline(0, color="0.6", lw=1)
-        ax.set_yticks(range(len(part)), [SCORE_LABELS.get(score) or label(score) for score in part["score"]])
+        ax.set_yticks(range(len(part)), [*map(score_label, part["score"])])
         ax.set(title=f"captions of {model}", xlabel=f"with {measure}")
         ax.grid(axis="y", visible=False)
     _legend(axes[-1])
@@ -221,7 +222,7 @@ def attacks_figure(table: pd.DataFrame) -> Figure:
     """How often each score prefers each attack to the honest caption, as cim.evaluation.attacks.preferred gives it."""
     share = table[table["attack"] != "honest"].pivot(index="score", columns="attack", values="share")
     share = share.loc[table["score"].unique(), [a for a in table["attack"].unique() if a != "honest"]]
-    share.index = [SCORE_LABELS.get(score) or label(score) for score in share.index]
+    share.index = share.index.map(score_label)
     figure, ax = plt.subplots(figsize=(7.5, 0.35 * len(share) + 1.4))
     sns.heatmap(100 * share, annot=True, fmt=".0f", cmap="Reds", vmin=0, vmax=100, cbar=False, ax=ax)
     ax.set(xlabel="attack, preferred in % of images", ylabel="")
@@ -232,7 +233,7 @@ def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
     """Mean quality of the caption that each score chooses among N: one panel a model; arguments as agreement_figure."""
     best = table[table["metric"].str.startswith("best_")]
     best = best.assign(n=best["metric"].str.removeprefix("best_").astype(int))
-    best = best.assign(score=[SCORE_LABELS.get(score) or label(score) for score in best["score"]])
+    best = best.assign(score=best["score"].map(score_label))
     models = best["model"].unique()
     figure, axes = _panels(len(models), 3, 3.6, 3.4, sharey=True)
     for ax, model in zip(axes, models, strict=True):

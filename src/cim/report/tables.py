@@ -61,9 +61,11 @@ def long_table(methods: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
 
 
 def _counted(facts: Mapping) -> tuple[dict[str, Mapping], dict[str, Sequence[int]]]:
-    """Metrics and seeds by method, with the always-Yes line, whose intervals are its values."""
-    yes = {name: {"value": value, "interval": [value, value]} for name, value in facts["always_yes"].items()}
-    found = facts["methods"] | {"always_yes": {"metrics": yes, "seeds": [0]}}
+    """Metrics and seeds by method and, where facts hold one, of the always-Yes line, whose intervals are its values."""
+    found = facts["methods"]
+    if "always_yes" in facts:
+        yes = {name: {"value": value, "interval": [value, value]} for name, value in facts["always_yes"].items()}
+        found = found | {"always_yes": {"metrics": yes, "seeds": [0]}}
     return {m: r["metrics"] for m, r in found.items()}, {m: r["seeds"] for m, r in found.items()}
 
 
@@ -102,7 +104,7 @@ def capture_table(capture: Mapping, mode: str, names: Sequence[str] = CAPTURE) -
 
 def human_table(human: Mapping) -> pd.DataFrame:
     """Methods by how their captions compare with several human ones; shares and CIDEr-D times 100, with intervals."""
-    return _wide(*_counted(human), HUMAN).drop(label("always_yes"))
+    return _wide(*_counted(human), HUMAN)
 
 
 def gains_table(facts: Mapping, names: Sequence[str] = (*FACTS, "words")) -> pd.DataFrame:
@@ -130,12 +132,7 @@ def comparison_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
         if r["mode"] == mode and r["field"] in CAPTURE
     ]
     columns = ["method", "score", "difference", "low", "high", "effect", "p (Holm)", "images"]
-    return (
-        pd.DataFrame(rows, columns=columns)
-        .replace({"score": TITLES})
-        .assign(method=lambda rows: rows["method"].map(label))
-        .round(4)
-    )
+    return pd.DataFrame(rows, columns=columns).round(4)
 
 
 def metric_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
-from cim.captioners.models import ModelSettings
+from cim.captioners.settings import ModelSettings
 from cim.runs import SFT_METHODS, parse_run
 
 CARD = """---

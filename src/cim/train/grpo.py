@@ -8,11 +8,11 @@ import numpy as np
 
 from cim import code
 from cim.data.manifest import Manifest
-from cim.encoders import EncoderSettings, load_encoders
-from cim.gallery.store import load_gallery, read_info
-from cim.params import group
+from cim.gallery.store import read_info
+from cim.params import EncoderSettings, group
 from cim.processes import processes
-from cim.scorer import RewardSettings, Scorer
+from cim.rewards import RewardSettings
+from cim.scorer import Scorer, load_scorer
 from cim.train.batches import grpo_batches
 from cim.train.job import SAMPLES, Job
 from cim.train.reward import Guarded, SampleLog, trl_reward
@@ -25,21 +25,21 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     Weights that were made from the same inputs are kept.
     """
     job = Job(run, params, artifacts).load()
+    encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
     job.train(
-        lambda folder: make_trainer(job, load_scorer(job, artifacts), folder),
+        lambda folder: make_trainer(job, job_scorer(job, artifacts), folder),
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
         reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
-        precision=[job.params["encoders"].get(f"{kind}_precision") for kind in ("text", "image")],
+        precision=[encoders.text_precision, encoders.image_precision],
         gallery={name: marks["whole"] for name, marks in read_info(artifacts / "gallery")["files"].items()},
     )
 
 
-def load_scorer(job: Job, artifacts: Path) -> Scorer:
+def job_scorer(job: Job, artifacts: Path) -> Scorer:
     """The scorer of the run's images, checked before anything is sampled."""
-    text, image = load_encoders(group(EncoderSettings, job.params.get("encoders"), "encoders"))
-    settings = group(RewardSettings, job.params.get("reward"), "reward")
-    scorer = Scorer(load_gallery(artifacts / "gallery", text, image), text, image, settings)
+    encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
+    scorer = load_scorer(artifacts / "gallery", group(RewardSettings, job.params.get("reward"), "reward"), encoders)
     scorer.add_sources(job.images, progress=True)
     scorer.add_sources(job.validation)
     # A k that the gallery cannot give fails here, not after the first rollout.

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from cim.captioners.models import VISION, ModelSettings, fit, load_model, longest_prompt
+from cim.captioners.models import VISION, fit, load_model, longest_prompt
+from cim.captioners.settings import ModelSettings
 from cim.captioners.vision_cache import cache_vision
 from cim.data.manifest import Manifest, read_manifest
 from cim.encoders import weights_digest
