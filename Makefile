@@ -4,6 +4,7 @@
 # make site        the executed notebooks as web pages in site/
 # make photos DATA=folder   Flickr8k: the reward against people's judgements (10 minutes)
 # make photos-train DATA=folder   Flickr8k: a captioner for photos, trained with the published and the calibrated reward
+#   both take further settings: SETTINGS="-S evaluate.identification=folder"
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
 # make smoke       every stage on a small scale, in a folder of its own (a few minutes)
 # make benchmarks  speed and memory, beside the public way of computing the reward (about half an hour)
@@ -52,13 +53,13 @@ lab: $(SETUP)
 site: data
 	dvc repro site
 
-photos: RUN = flickr8k-judgements judgements
+photos: RUN = flickr8k-judgements judgements correlation
 photos-train: RUN = flickr8k correlation samples evaluate
 photos-train: wordnet
 
 photos photos-train: $(SETUP)
 	@test -n "$(DATA)" || { echo "error: name the folder of Flickr8k: make $@ DATA=path/to/flickr8k"; exit 2; }
-	cim pipeline runs/$(RUN) -S profile=flickr8k -S "dataset.folder='$(abspath $(DATA))'" --publish results/$(firstword $(RUN))
+	cim pipeline runs/$(RUN) -S profile=flickr8k -S "dataset.folder='$(abspath $(DATA))'" $(SETTINGS) --publish results/$(firstword $(RUN))
 
 study: $(SETUP)
 	cim pipeline runs/study evaluate -S profile=study --publish results/study

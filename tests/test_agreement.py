@@ -40,11 +40,12 @@ def slow_scores(study, s):
     for caption, source in study.pairs:
         similar = np.array([text @ study.captions[caption] for _, text in rows])
         nearest = np.argsort(-similar)[: s.k]
-        weights = rewards.rank_weights(len(nearest), s.decay)
+        weights, shares = rewards.rank_weights(len(nearest), s.decay), None
         if s.temperature:
             weights = rewards.similarity_weights(similar[nearest], s.temperature)
+            shares = weights[None]
         found = gallery[[rows[r][0] for r in nearest]][None]
-        grc = rewards.gallery_representation_consistency(found)[0]
+        grc = rewards.gallery_representation_consistency(found, shares)[0]
         qir = rewards.query_gallery_image_relevance(sources[source][None], found, weights)[0]
         out.append((grc, qir, rewards.cim(grc, qir, s.beta, s.grc_weight)))
     return np.array(out)

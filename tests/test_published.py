@@ -15,6 +15,7 @@ from IPython.display import display
 from PIL import Image
 
 import standins
+from cim import scorer as scorers
 from cim.captioners.generate import caption_images
 from cim.captioners.models import ModelSettings, fit, load_model, prompt_inputs, skeleton
 from cim.data.labels import labels_of
@@ -26,7 +27,6 @@ from cim.params import group
 from cim.pipeline import captions, stages
 from cim.pipeline.compose import compose
 from cim.pipeline.workspace import prepare
-from cim.scorer import load_scorer
 from cim.train import grpo, launch, sft
 from cim.train.checkpoints import restore
 from cim.train.job import Job
@@ -166,7 +166,7 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(
     standin, workspace, published, encoder_folder, encoders, monkeypatch
 ):
     """One code path: generate, SFT, GRPO with all weights and with LoRA, CIM on SFT, save, reload, caption, judge."""
-    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)  # loaded once for all classes
+    monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)  # loaded once for all classes
     params = paper(published, encoder_folder, standin)
     base = group(ModelSettings, params["model"], "model")
     artifacts = Path("artifacts")
@@ -200,7 +200,7 @@ def test_each_class_from_sft_and_grpo_to_its_evaluation(
     captions.run(params)
     manifest = read_manifest(artifacts / "dataset" / "manifest.parquet")
     settings = group(evaluation.EvaluateSettings, params["evaluate"], "evaluate")
-    scorer = load_scorer(artifacts / "gallery")
+    scorer = scorers.load_scorer(artifacts / "gallery")
     for split in settings.splits:
         written = evaluation.read_captions(Path("results/captions", split))
         assert set(written) == {"base", "sft", "cim", "cim_on_sft"}
@@ -216,7 +216,7 @@ def test_cim_on_an_sft_adapter_is_saved_as_it_was_trained(
     workspace, published, encoder_folder, encoders, monkeypatch, rank
 ):
     """GRPO with LoRA or with all weights, from an SFT adapter: weights and captions before saving and after loading."""
-    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)
+    monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)
     model = standins.write("qwen2_5_vl", workspace / "model")
     params = paper(
         published, encoder_folder, model, "train.lr=0.01", "sft.lr=0.01", "train.merge=true", "train.validation=0"
@@ -276,7 +276,7 @@ def test_captions_do_not_depend_on_their_batch(standin, prepared):
 
 def test_what_grpo_samples_from_and_learns_from(standin, workspace, published, encoder_folder, encoders, monkeypatch):
     """Prompts padded on the left and whole, images as evaluation sees them, no placeholder of an image in a caption."""
-    monkeypatch.setattr(grpo, "load_encoders", lambda settings: encoders)
+    monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)
     job = Job("cim-0", paper(published, encoder_folder, standin), Path("artifacts")).load()
     trainer = grpo.make_trainer(job, grpo.job_scorer(job, job.artifacts), Path("checkpoints"))
     config = job.model.config

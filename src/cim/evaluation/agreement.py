@@ -51,10 +51,12 @@ class Study:
         return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
 
     def grc(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.gallery_representation_consistency, at any K."""
-        rows, _ = self._retrieved(setting)
+        """(p,) as rewards.gallery_representation_consistency, at any K; weighted where the setting has a temperature."""
+        rows, similarity = self._retrieved(setting)
+        uniform = np.full(rows.shape, 1 / rows.shape[1])
+        weights = uniform if setting.temperature is None else similarity_weights(similarity, setting.temperature)
         gallery, _ = self._vectors(setting.center, setting.whiten, setting.rows)
-        return np.linalg.norm(_sums(rows, np.full(rows.shape, 1 / rows.shape[1]), gallery), axis=1)[self.pairs[:, 0]]
+        return np.linalg.norm(_sums(rows, weights, gallery), axis=1)[self.pairs[:, 0]]
 
     def qir(self, setting: Setting) -> np.ndarray:
         """(p,) as rewards.query_gallery_image_relevance, at any K."""
