@@ -6,6 +6,7 @@
 # make photos-train DATA=folder   Flickr8k: a captioner for photos, trained with the published and the calibrated reward
 #   both take further settings: SETTINGS="-S evaluate.identification=folder"
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
+# make labels      SFT by the number, thoroughness and errors of its labels, against CIM without labels
 # make smoke       every stage on a small scale, in a folder of its own (a few minutes)
 # make benchmarks  speed and memory, beside the public way of computing the reward (about half an hour)
 # make wordnet     Debian's WordNet 3.0 in .wordnet, for cim evaluate (or have NLTK's)
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM = false
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2
 
-.PHONY: repro test test-fast lab site photos photos-train study smoke benchmarks wordnet chromium lint data clean
+.PHONY: repro test test-fast lab site photos photos-train study labels smoke benchmarks wordnet chromium lint data clean
 
 SETUP := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -53,7 +54,7 @@ lab: $(SETUP)
 site: data
 	dvc repro site
 
-photos: RUN = flickr8k-judgements judgements correlation
+photos: RUN = flickr8k-judgements judgements correlation -S captioner=none
 photos-train: RUN = flickr8k correlation samples evaluate
 photos-train: wordnet
 
@@ -63,6 +64,9 @@ photos photos-train: $(SETUP)
 
 study: $(SETUP)
 	cim pipeline runs/study evaluate -S profile=study --publish results/study
+
+labels: $(SETUP)
+	cim pipeline runs/labels labels -S profile=labels --publish results/labels-study
 
 smoke: $(SETUP)
 	cim pipeline runs/smoke -S profile=smoke

@@ -247,7 +247,7 @@ def test_an_index_that_faiss_refuses_stops_a_build_before_anything_is_embedded(r
     shards = shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 8)
     with pytest.raises(CimError, match="parameter index: FAISS cannot build 'IVF16,SQ8' from 8 rows"):
         build_gallery(shards, BuildSettings(index="IVF16,SQ8"), *encoders, tmp_path / "g")
-    assert (tmp_path / "g.building" / "000000").is_dir()
+    assert (tmp_path / "g.building" / "parts" / "000000").is_file()
     assert build_gallery(shards, SETTINGS, *encoders, tmp_path / "g")["rows"] == 8
 
 
@@ -323,20 +323,20 @@ def test_a_killed_build_resumes(rows, encoder_folder, tmp_path):
     source = write_jsonl(
         tmp_path / "rows.jsonl", pd.concat([rows.assign(image_id=rows["image_id"] + f"-{i}") for i in range(40)])
     )
-    folder, work = tmp_path / "gallery", tmp_path / "gallery.building"
+    folder, work = tmp_path / "gallery", tmp_path / "gallery.building" / "parts"
     first = subprocess.Popen(
         command(encoder_folder, source, folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 120
-    while not (work / "000002").is_dir() and time.time() < deadline:
+    while not (work / "000002").is_file() and time.time() < deadline:
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not folder.exists()
-    done = {p.name: p.stat().st_mtime_ns for p in work.iterdir() if p.is_dir() and not p.suffix}
+    done = {p.name: p.stat().st_mtime_ns for p in work.iterdir() if not p.suffix}
     assert 3 <= len(done) < 200
     # A shard that was being written is not taken for a finished one.
-    (work / "000199.partial").mkdir()
+    (work / "000199.partial").touch()
     again = subprocess.run(command(encoder_folder, source, folder), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
     assert f"{len(done)} of 200 shards are done" in again.stdout
@@ -359,7 +359,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(rows, encoders, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     assert not folder.exists()
-    embedded = {p: p.stat().st_mtime_ns for p in (tmp_path / "gallery.building").glob("00000?")}
+    embedded = {p: p.stat().st_mtime_ns for p in (tmp_path / "gallery.building" / "parts").glob("00000?")}
     assert len(embedded) == 5
     build_gallery(shards, SETTINGS, *encoders, folder)
     assert len(load_gallery(folder)) == 40
@@ -674,4 +674,4 @@ def test_a_shard_reader_that_fails_leaves_the_others(rows, encoders, tmp_path):
     shards = [*good[:2], Shard("bad", fails), *good[2:]]
     with pytest.raises(CimError, match="gone"):
         build_gallery(shards, SETTINGS, *encoders, tmp_path / "g")
-    assert len(list((tmp_path / "g.building").glob("00000?"))) == 2
+    assert len(list((tmp_path / "g.building" / "parts").glob("00000?"))) == 2

@@ -426,7 +426,7 @@ def test_tables_of_the_committed_results(results):
     assert len(tables.gains_table(facts)) == 9 * (len(facts["methods"]) - 2)
     assert set(tables.metric_table(capture).index.get_level_values("score")) == {"grc", "qir", "cim", "words"}
     assert (tables.comparison_table(capture)["p (Holm)"] <= 1).all()
-    assert tables.correlation_table(correlation).loc[("fineness", "grc"), "by level"] == "1.00"
+    assert tables.correlation_table(correlation).loc[("fineness", "grc"), "steps"].endswith(", 0 down of 5")
     assert "reported in the paper" in tables.paper_table(facts, capture).index
 
 
@@ -459,7 +459,8 @@ def test_findings_fill_in_the_numbers(results):
     assert findings.evaluation_findings({"methods": {}, "always_yes": {}}, base).startswith("Only the base model")
     text = findings.correlation_findings(correlation)
     assert 3 <= text.count(". ") + 1 <= 6
-    assert "GRC by fineness (1.00)" in text
+    grc = correlation["spearman"]["fineness"]["grc"]
+    assert f"GRC by fineness ({grc['up']} of {grc['steps']} steps up)" in text
 
 
 def test_claims_that_fail_are_named(results):
@@ -467,25 +468,44 @@ def test_claims_that_fail_are_named(results):
     spearman = {
         ladder: {score: dict(cell) for score, cell in of.items()} for ladder, of in correlation["spearman"].items()
     }
-    spearman["accuracy"]["qir"]["by_level"] = 0.5
-    spearman["fineness"]["qir"]["by_level"] = None  # it did not vary
+    spearman["fineness"]["grc"] |= {"up": 5, "down": 0}
+    spearman["accuracy"]["qir"] |= {"up": 1, "down": 1}
+    spearman["fineness"]["qir"] |= {"up": 3, "down": 0}
     correlation = {**correlation, "spearman": spearman}
     verdicts = findings.verdicts(correlation).set_index(["score", "ladder"])
-    assert verdicts.loc[("grc", "fineness"), ["claimed", "holds"]].all()
+    assert verdicts.loc[("grc", "fineness"), "claimed"]
+    assert verdicts.loc[("grc", "fineness"), "verdict"] == "yes"
     assert not verdicts.loc[("grc", "accuracy"), "claimed"]
-    assert not verdicts.loc[("qir", "fineness"), "holds"]
-    assert "does not hold for QIR by fineness (0.00), QIR by accuracy (0.50)" in findings.correlation_findings(
-        correlation
+    assert verdicts.loc[("qir", "accuracy"), "verdict"] == "no"
+    assert verdicts.loc[("qir", "fineness"), "verdict"] == "undecided"
+    text = findings.correlation_findings(correlation)
+    assert "falls over at least one step for QIR by accuracy (1 of 2 steps up)" in text.replace(
+        f"1 of {spearman['accuracy']['qir']['steps']}", "1 of 2"
     )
-    claims = findings.claims(correlation, facts, capture)
-    failed = [claim["claim"] for claim in claims if not claim["holds"]]
-    assert "QIR rises with accuracy (by level, at least 0.9)" in failed
-    text = findings.claims_findings(claims, capture)
-    assert f"{len(claims) - len(failed)} hold" in text
-    assert all(claim in text for claim in failed)
+    claims = {claim["claim"]: claim for claim in findings.claims(correlation, facts, capture)}
+    assert claims["QIR rises with accuracy"]["verdict"] == "no"
+    text = findings.claims_findings(list(claims.values()), capture)
+    assert f"{sum(claim['verdict'] == 'yes' for claim in claims.values())} hold" in text
+    assert all(name in text for name, claim in claims.items() if claim["verdict"] != "yes")
     assert findings.claims(correlation, {"methods": {}, "always_yes": {}}, {**capture, "comparisons": []})[-1][
         "claim"
     ].startswith("CIM rises")
+
+
+@pytest.mark.parametrize(
+    ("interval", "at_least", "says"),
+    [([0.1, 0.2], 0, "yes"), ([-0.2, -0.1], 0, "no"), ([-0.1, 0.1], 0, "undecided"), ([0.1, 0.3], 0.2, "undecided")],
+)
+def test_a_claim_is_judged_by_the_interval_of_the_paired_difference(results, interval, at_least, says):
+    assert findings.verdict(interval, at_least) == says
+    facts, capture, correlation = results
+    cell = {"value": sum(interval) / 2, "interval": interval}
+    cim = facts["methods"]["cim"] | {"against": {"sft": {"all_f1": cell}}}
+    facts = facts | {"methods": facts["methods"] | {"cim": cim}}
+    claims = {claim["claim"]: claim for claim in findings.claims(correlation, facts, capture)}
+    claim = claims[f"CIM beats {runs.label('sft')} on F1 of all facts"]
+    assert claim["verdict"] == findings.verdict(interval)
+    assert f"{100 * interval[0]:+.1f}" in claim["measured"]
 
 
 def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
@@ -497,7 +517,7 @@ def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
     assert "correlation/levels.png" in links
     assert all((results / link).is_file() for link in links)
     assert "study/evaluate" in text
-    assert "photos/correlation/levels.png" in links
+    assert "flickr8k-judgements/correlation/levels.png" in links
     shutil.rmtree(results / "study")
     alone = findings.readme(results, "tiny")
     assert "study/evaluate" not in alone

@@ -63,7 +63,6 @@ def repository(tmp_path_factory):
         "notebooks",
         "conf",
         "results/study",
-        "results/photos",
         "results/flickr8k",
         "results/flickr8k-judgements",
     ):
@@ -73,7 +72,7 @@ def repository(tmp_path_factory):
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["runs"]["on_sft"], params["judgements"]["of"] = [0], ["flickr8k"]
+    params["runs"]["on_sft"], params["judgements"]["of"], params["labels"]["of"] = [0], ["flickr8k"], ["test"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "data").mkdir()
     (folder / "data" / "raw").write_text("raw")
@@ -127,7 +126,8 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("compute", "log_to", ["tensorboard"], set()),
         ("compute", "per_device", 1, set()),
         ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
-        ("sft", "lr", 1.0, {"sft"}),
+        ("sft", "lr", 1.0, {"sft", "labels"}),
+        ("variants", "few", {"sft": {"images": 48}}, {"train", "on_sft", "sft", "labels"}),
         ("gallery", "recall", 0.5, {"gallery"}),
         (
             "encoders",
@@ -138,6 +138,7 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
         ("samples", "seed", 1, {"samples"}),
         ("judgements", "seed", 1, {"judgements"}),
+        ("labels", "seed", 1, {"labels"}),
         ("correlation", "seed", 1, {"correlation"}),
         ("evaluate", "seed", 1, {"evaluate"}),
         ("captions", "batch", 1, {"captions"}),
@@ -160,7 +161,7 @@ def test_a_change_of_a_parameter_marks_the_stages_that_read_it(repository, group
     [
         ("data/raw", {"dataset", "judgements"}),
         ("conf/none/README", {"gallery"}),
-        ("results/photos/params.yaml", {"results"}),
+        ("results/flickr8k/params.yaml", {"results"}),
         ("results/study/params.yaml", {"results"}),
     ],
 )

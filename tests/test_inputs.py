@@ -251,7 +251,7 @@ def test_params_files(tmp_path):
         read_params(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("override", ["profile=none", "train.stepz=3", "nonsense"])
+@pytest.mark.parametrize("override", ["profile=none", "train.stepz=3", "nonsense", "captioner=null"])
 def test_overrides_that_do_not_compose(override):
     with pytest.raises(CimError, match="parameters: "):
         compose([override], ROOT / "conf")

@@ -16,6 +16,7 @@ from IPython.utils.capture import capture_output
 from matplotlib_inline.backend_inline import configure_inline_support
 from traitlets.config import Config
 
+from cim.data.annotators import written_captions
 from cim.errors import CimError
 from cim.gallery.density import image_similarities
 from cim.pipeline import site
@@ -54,6 +55,7 @@ def run_by_hand(workspace, monkeypatch):
     yield run
     plt.switch_backend("agg")
     plt.ioff()
+    configure_inline_support.current_backend = None  # else the next shell would get no figure format
     InteractiveShell.clear_instance()
 
 
@@ -77,6 +79,34 @@ def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, works
     found = f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words."
     assert found in shown(captured, "text/markdown")[-1].replace("\n", " ")
     assert len(shown(captured, "image/png")) == 2  # curves, and captions with their images
+
+
+@pytest.mark.slow
+def test_the_labels_notebook_compares_annotators_with_cim(run_by_hand, workspace, world):
+    """Base, CIM and SFT are captions written with more or fewer facts; SFT on few images is worse than CIM."""
+    test = world.split("test")
+    thorough = {"base-0": 0.3, "cim-0": 0.8, "sft-0": 1.0, "sft-1": 1.0, "few-0": 0.4, "slip-0": 0.9, "k10-0": 0.8}
+    folder = workspace / "results/captions/test"
+    folder.mkdir(parents=True)
+    for run, chance in thorough.items():
+        chances = dict.fromkeys(("object", "name", "colour", "size", "relation", "background"), chance)
+        said = written_captions(test, chances, 0.0, seed=0)
+        (folder / f"{run}.json").write_text(json.dumps(dict(zip(test.frame["image_id"], said, strict=True))))
+    variants = {"few": {"sft": {"images": 8}}, "slip": {"sft": {"slip_rate": 0.5}}, "k10": {"reward": {"k": 10}}}
+    captured = run_by_hand("labels", of=["test"], variants=variants, resamples=100)
+    metrics = json.loads((workspace / "results/labels/metrics.json").read_text())
+    assert {m: (c["images"], c["slip_rate"]) for m, c in metrics["methods"].items() if "images" in c} == {
+        "few": (8, 0.03), "sft": (16, 0.03), "slip": (16, 0.5),
+    }  # fmt: skip
+    verdicts = {method: cell["verdict"] for method, cell in metrics["methods"].items()}
+    assert (verdicts["base"], verdicts["few"], verdicts["sft"]) == ("below", "below", "above")
+    assert set(metrics["annotators"]) == {"usual, slip rate 0.03", "usual, slip rate 0.5"}
+    found = shown(captured, "text/markdown")[-1]
+    assert "With `usual` annotators SFT overtakes CIM with 16 labelled images (below at 8; above at 16)." in found
+    assert len(shown(captured, "image/png")) == 3
+    assert {path.stem for path in (workspace / "results/labels").glob("*.png")} == {"images", "slips", "annotators"}
+    with pytest.raises(CimError, match=r"labels\.of: name a split"):
+        run_by_hand("labels")
 
 
 def test_density_tells_a_dense_gallery_from_a_sparse_one(gallery):

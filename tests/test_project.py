@@ -137,7 +137,7 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
     """Each phrase with figures is made from the committed results here, and must stand in the text."""
     methods = json.loads(committed("results/study/evaluate/metrics.json"))["methods"]
     judged = next(iter(json.loads(committed("results/study/evaluate/capture.json")).values()))
-    photos = json.loads(committed("results/photos/correlation/metrics.json"))["spearman"]
+    photos = json.loads(committed("results/flickr8k-judgements/correlation/metrics.json"))["spearman"]
     world = json.loads(committed("results/correlation/metrics.json"))["spearman"]
 
     def percent(method: str, metric: str) -> str:
@@ -146,6 +146,9 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
     def strict(method: str) -> str:
         cell = judged["methods"][method]["strict"]["capture"]
         return f"{100 * cell['value']:.1f} [{100 * cell['interval'][0]:.1f}, {100 * cell['interval'][1]:.1f}]"
+
+    def steps(spearman: dict, ladder: str, score: str) -> str:
+        return f"{spearman[ladder][score]['up']} of {spearman[ladder][score]['steps']}"
 
     people = json.loads(committed("results/flickr8k-judgements/judgements/metrics.json"))["agreement"]
 
@@ -167,9 +170,10 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
             recall,
             answers,
             f"the base model has {strict('base')}, CIM {strict('cim')}, SFT {strict('sft')}",
-            f"GRC {world['fineness']['grc']['by_level']:.2f} by fineness and {world['accuracy']['grc']['by_level']:.2f} by accuracy",
-            f"QIR {world['fineness']['qir']['by_level']:.2f} and {world['accuracy']['qir']['by_level']:.2f}",
-            f"grades' means {photos['fineness']['grc']['by_level']:.2f}) and not accuracy ({photos['accuracy']['grc']['by_level']:.2f}:",
+            f"GRC {steps(world, 'fineness', 'grc')} by fineness and {steps(world, 'accuracy', 'grc')} by accuracy",
+            f"QIR {steps(world, 'fineness', 'qir')} and {steps(world, 'accuracy', 'qir')}",
+            f"GRC rises over {steps(photos, 'fineness', 'grc')} by fineness and {steps(photos, 'accuracy', 'grc')} by accuracy",
+            f"QIR over {steps(photos, 'fineness', 'qir')} and {steps(photos, 'accuracy', 'qir')}",
         ],
     }
     for name, wanted in phrases.items():

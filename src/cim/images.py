@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cim.errors import CimError
+from cim.files import explained
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What reading a damaged or encrypted archive, a missing member, or an impossible path raises.
@@ -108,10 +109,8 @@ def _zip_members(root: Path) -> dict[str, str | None]:
     """The place of each member of the zip files in a folder, with and without the zip file's name; None for several."""
     found: dict[str, str | None] = {}
     for path in sorted(root.glob("*.zip")):
-        try:
+        with explained(f"{path}: not a readable zip file", "fetch it again", *DAMAGED):
             members = _open_zip(str(path), os.getpid()).namelist()
-        except DAMAGED as error:
-            raise CimError(f"{path}: not a readable zip file ({error}); fetch it again") from None
         for member in members:
             for name in (member, f"{path.stem}/{member}"):
                 found[name] = None if name in found else f"{path}!{member}"

@@ -37,17 +37,22 @@ def parse_run(run: str) -> tuple[str, int]:
 def with_variant(params: dict[str, Any], method: str) -> tuple[dict[str, Any], str]:
     """The parameters of a run of this method, and the reward or SFT method that it trains with.
 
-    The `variants` group names methods of its own: CIM with other values in groups `reward` and `train`.
+    The `variants` group names methods of its own: CIM with other values in groups `reward` and `train`, or SFT with
+    other values in group `sft`.
 
     Raises:
-        CimError: for an unknown method, or a variant that changes another group or has a known method's name.
+        CimError: for an unknown method, or a variant that changes other groups or has a known method's name.
     """
     variants, known = params.get("variants") or {}, (*REWARDS, *SFT_METHODS, ON_SFT)
-    if bad := [name for name, groups in variants.items() if name in known or not set(groups) <= {"reward", "train"}]:
-        raise CimError(f"parameters: variants.{bad[0]} needs a name of its own, and can change groups reward and train")
+    for name, groups in variants.items():
+        if name in known or not (set(groups) <= {"reward", "train"} or set(groups) == {"sft"}):
+            raise CimError(
+                f"parameters: variants.{name} needs a name of its own, and can change either groups reward and train "
+                "(CIM) or group sft (SFT), not both"
+            )
     if method in variants:
         changed = {name: params[name] | values for name, values in variants[method].items()}
-        return params | changed, "cim"
+        return params | changed, "sft" if "sft" in changed else "cim"
     if method not in known:
         raise CimError(f"method '{method}' is unknown; choose one of {', '.join((*known, *variants))}")
     return params, "cim" if method == ON_SFT else method

@@ -10,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from cim.errors import CimError
-from cim.files import locked, refuse_folder, replacing, write_text
+from cim.files import explained, locked, refuse_folder, replacing, write_text
 from cim.gallery.shards import Record, shards_of, source_files
 from cim.scorer import Scorer
 
@@ -35,31 +35,26 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
     """
     check_outputs(sources, scorer.gallery.folder, out)
     with locked(out):
-        return _score_files(scorer, sources, out, image_root)
-
-
-def _score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path | None) -> pd.DataFrame:
-    shards = shards_of(sources, rows=BATCH, image_root=image_root)
-    inputs = {
-        "shards": [shard.name for shard in shards],
-        "gallery": scorer.gallery.info["files"],
-        "reward": scorer.settings.model_dump(),
-    }
-    progress = _progress(out)
-    done = _resume(progress, {"made_of": inputs})
-    records = islice(_named_once(record for shard in shards for record in shard.read()), done, None)
-    with progress.open("a", encoding="utf-8") as lines, tqdm(desc="captions", initial=done, mininterval=2) as bar:
-        while batch := list(islice(records, BATCH)):
-            lines.write(_lines(_score_batch(scorer, batch)))
-            lines.flush()
-            bar.update(len(batch))
-    rows = _read(progress)[1:]
-    if not rows:
-        raise CimError(f"{', '.join(map(str, sources))}: no captions there")
-    frame = pd.DataFrame(rows)
-    write_scores(frame, out)
-    progress.unlink()
-    return frame
+        shards = shards_of(sources, rows=BATCH, image_root=image_root)
+        inputs = {
+            "shards": [shard.name for shard in shards],
+            "gallery": scorer.gallery.info["files"],
+            "reward": scorer.settings.model_dump(),
+        }
+        progress = _progress(out)
+        done = _resume(progress, {"made_of": inputs})
+        records = islice(_named_once(record for shard in shards for record in shard.read()), done, None)
+        with progress.open("a", encoding="utf-8") as lines, tqdm(desc="captions", initial=done, mininterval=2) as bar:
+            while batch := list(islice(records, BATCH)):
+                lines.write(_lines(_score_batch(scorer, batch)))
+                lines.flush()
+                bar.update(len(batch))
+        if not (rows := _read(progress)[1:]):
+            raise CimError(f"{', '.join(map(str, sources))}: no captions there")
+        frame = pd.DataFrame(rows)
+        write_scores(frame, out)
+        progress.unlink()
+        return frame
 
 
 def write_scores(frame: pd.DataFrame, out: Path) -> None:
@@ -140,10 +135,8 @@ def _resume(progress: Path, head: dict) -> int:
 
 def _read(path: Path) -> list[dict]:
     """The rows of a JSON Lines file, without a last line that an interruption cut short."""
-    try:
+    with explained(f"{path}: damaged", "delete it", ValueError):
         return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="ignore").split("\n")[:-1]]
-    except ValueError as error:
-        raise CimError(f"{path}: damaged ({error}); delete it") from None
 
 
 def _lines(rows: Iterable[dict]) -> str:

@@ -31,7 +31,7 @@ def load_model(settings: ModelSettings, device: torch.device | None = None):
     name, options = settings.name, {"dtype": DTYPES[settings.dtype], **settings.source}
     if settings.attention:
         options["attn_implementation"] = settings.attention
-    with _clear_errors(name):
+    with loading(f"model '{name}'"):
         if (Path(name) / "adapter_config.json").is_file():
             from peft import PeftConfig, PeftModel
 
@@ -47,7 +47,7 @@ def load_model(settings: ModelSettings, device: torch.device | None = None):
 
 def load_processor(settings: ModelSettings):
     """The processor, with the settings' options; its tokenizer pads on the left, as generation needs."""
-    with _clear_errors(settings.name):
+    with loading(f"model '{settings.name}'"):
         processor = AutoProcessor.from_pretrained(settings.name, **settings.source, **settings.processor)
         if not getattr(processor, "chat_template", None):
             raise ValueError("its processor has no chat template")
@@ -59,20 +59,21 @@ def load_processor(settings: ModelSettings):
 
 def skeleton(settings: ModelSettings) -> nn.Module:
     """The model without memory for its weights, from its configuration alone, for counting."""
-    with _clear_errors(settings.name), torch.device("meta"):
+    with loading(f"model '{settings.name}'"), torch.device("meta"):
         config = AutoConfig.from_pretrained(settings.name, **settings.source)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=settings.trust_remote_code)
 
 
 @contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
+    """Say in one CimError why a model cannot be loaded."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        raise CimError(f"model '{name}' could not be loaded: {why_not_loaded(error)}") from None
+        raise CimError(f"{model} could not be loaded: {_why_not_loaded(error)}") from None
 
 
-def why_not_loaded(error: BaseException) -> str:
+def _why_not_loaded(error: BaseException) -> str:
     """What is wrong and how to fix it, from the hub's errors behind those of transformers."""
     from huggingface_hub import errors as hub
 

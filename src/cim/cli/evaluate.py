@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from cim.cli.reward import add_reward_options, reward_settings
+from cim.cli.score import add_reward_options, reward_settings
 from cim.errors import CimError
 from cim.files import clear_disk_errors, refuse_foreign, write_metrics
 

@@ -1,9 +1,10 @@
-"""`cim data`, `cim run`, `cim params` and `cim pipeline`."""
+"""`cim data`, `cim run`, `cim params`, `cim pipeline` and `cim train`."""
 
 import argparse
 from pathlib import Path
 
-from cim.pipeline.compose import add_overrides
+from cim.errors import CimError
+from cim.pipeline.compose import add_overrides, compose, dump
 
 
 def add_commands(commands) -> None:
@@ -22,7 +23,13 @@ def add_commands(commands) -> None:
     pipeline.add_argument("--publish", type=Path, help="copy the results with their params.yaml and dvc.lock here")
     for command in (params, pipeline):
         add_overrides(command)
-    for command, handle in ((data, _data), (run, _run), (params, _params), (pipeline, _pipeline)):
+    train = commands.add_parser("train", help="one training run of params.yaml; --plan: what it would take")
+    train.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
+    train.add_argument("--plan", action="store_true", help="print model, data, batches, memory and hours, and stop")
+    add_overrides(train, "with --plan: as in -S profile=paper")
+    train.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
+    handles = {data: _data, run: _run, params: _params, pipeline: _pipeline, train: _train}
+    for command, handle in handles.items():
         command.set_defaults(handle=handle)
 
 
@@ -39,8 +46,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _params(arguments: argparse.Namespace) -> None:
-    from cim.pipeline.compose import compose, dump
-
     print(dump(compose(arguments.overrides)), end="")
 
 
@@ -48,3 +53,18 @@ def _pipeline(arguments: argparse.Namespace) -> None:
     from cim.pipeline.workspace import run_pipeline
 
     run_pipeline(arguments.folder, arguments.overrides, arguments.stages, arguments.publish)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from cim.params import read_params
+    from cim.pipeline.paths import ARTIFACTS
+    from cim.train import launch, preflight
+
+    if arguments.overrides and not arguments.plan:
+        raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")
+    params = compose(arguments.overrides) if arguments.overrides else read_params()
+    if arguments.plan:
+        print(*preflight.plan(arguments.run, params, ARTIFACTS, arguments.processes), sep="\n")
+    else:
+        for line in launch.train(arguments.run, params):
+            print(line, flush=True)

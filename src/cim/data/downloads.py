@@ -9,8 +9,6 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,20 +17,14 @@ import requests
 from tqdm import tqdm
 
 from cim.errors import CimError
+from cim.files import explained
 
+# After errors of requests, the hub and the disk, which are all OSErrors.
+RESUME = "rerun the same command to resume"
 BLOCK = 1 << 16  # bytes that an interruption loses at most
 COCO = "http://images.cocodataset.org/zips/"
 FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 PETS = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
-
-
-@contextmanager
-def _resumable(what: str) -> Iterator[None]:
-    """Report errors of requests, the hub and the disk, which are all OSErrors, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise CimError(f"{what}: {' '.join(str(error).split())[:200]}; rerun the same command to resume") from None
 
 
 @dataclass(frozen=True)
@@ -55,11 +47,10 @@ class Archive:
                 path.unlink()
                 raise CimError(f"{self.origin}: its MD5 is {found}, not the published {self.md5}; removed, try again")
         shutil.rmtree(files, ignore_errors=True)
-        try:
+        damaged = (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error)
+        with explained(f"{path}: cannot be unpacked", "delete it and rerun the same command", *damaged):
             # Neither form writes outside the folder; zip takes no filter.
             shutil.unpack_archive(path, files, **({} if path.suffix == ".zip" else {"filter": "data"}))
-        except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-            raise CimError(f"{path}: cannot be unpacked ({error}); delete it and rerun the same command") from None
         return files
 
 
@@ -121,7 +112,7 @@ def describe(name: str) -> str:
     if name not in SOURCES:
         raise CimError(f"data set '{name}' is unknown; choose from {', '.join(SOURCES)}")
     content, licence, parts = SOURCES[name]
-    with _resumable(name):
+    with explained(f"{name}: its size cannot be read", RESUME, OSError):
         size = sum(part.size() for part in parts)
     return f"{name}: {content}\n  licence: {licence}\n  from: {parts[0].origin}\n  size: {size / 1e9:.2f} GB"
 
@@ -138,7 +129,7 @@ def download(name: str, folder: Path) -> Path:
         if done.is_file():
             print(f"{part.origin}: already downloaded")
             continue
-        with _resumable(part.origin):
+        with explained(f"{part.origin}: cannot be downloaded", RESUME, OSError):
             own.mkdir(parents=True, exist_ok=True)
             # What is hidden is the hub's own record of the download; macOS adds __MACOSX to the archives that it makes.
             hidden = (".", "__MACOSX")

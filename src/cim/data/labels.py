@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
 from cim.errors import CimError
-from cim.files import read_text, valid_text
+from cim.files import explained, read_text, valid_text
 
 LONGEST = 20_000  # characters of a caption that are read; the longest reference has about 800
 
@@ -111,10 +111,8 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
         pairs[:] = found  # the outermost object comes last; a dict would hide its repeated keys
         return dict(found)
 
-    try:
+    with explained(f"{path}: not JSON", "write {image: caption}", ValueError, RecursionError):
         top = json.loads(read_text(path), object_pairs_hook=keep_pairs)
-    except (ValueError, RecursionError) as error:
-        raise CimError(f"{path}: not JSON ({error})") from None
     if not isinstance(top, dict):
         raise CimError(f"{path}: should be {{image: caption}}, not a {type(top).__name__}")
     captions: dict[str, str] = {}

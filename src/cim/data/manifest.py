@@ -1,6 +1,5 @@
 """The manifest: one Parquet table of images and captions, whatever they come from."""
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cim.errors import CimError
-from cim.files import replacing, short_digest
+from cim.files import explained, replacing, short_digest
+from cim.images import content_digest, read_stored
 
 REQUIRED = ("image_id", "image", "caption", "split")
 # `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none). Other columns, all JSON or
@@ -77,16 +77,9 @@ def with_digests(frame: pd.DataFrame, root: Path) -> pd.DataFrame:
     Raises:
         CimError: if an image cannot be read.
     """
-
-    def digest(image: str) -> str:
-        with (root / image).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            return frame.assign(digest=list(pool.map(digest, frame["image"])))
-    except OSError as error:
-        raise CimError(f"{error.filename}: cannot be read ({error.strerror}); restore the image") from None
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(lambda image: content_digest(read_stored(root / image)), frame["image"])
+        return frame.assign(digest=list(digests))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -96,12 +89,11 @@ def read_manifest(path: Path) -> Manifest:
         CimError: if the file is missing, lacks a column, repeats an image_id, or names an image outside its folder.
     """
     path = Path(path)
-    try:
+    if not path.exists():
+        raise CimError(f"{path}: manifest not found; run stage 'dataset' to write it")
+    fix = "rerun stage 'dataset' to write it"
+    with explained(f"{path}: not a readable Parquet file", fix, pa.ArrowInvalid, OSError):
         table = pq.read_table(path)
-    except FileNotFoundError:
-        raise CimError(f"{path}: manifest not found; run stage 'dataset' to write it") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CimError(f"{path}: not a readable Parquet file ({error}); rerun stage 'dataset' to write it") from None
     if missing := [c for c in REQUIRED if c not in table.column_names]:
         raise CimError(f"{path}: column '{missing[0]}' is missing; a manifest needs {', '.join(REQUIRED)}")
     frame = table.to_pandas()

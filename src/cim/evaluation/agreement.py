@@ -51,7 +51,7 @@ class Study:
         return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
 
     def grc(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.gallery_representation_consistency, at any K; weighted where the setting has a temperature."""
+        """(p,) as rewards.gallery_representation_consistency, at any K; weighted where there is a temperature."""
         rows, similarity = self._retrieved(setting)
         uniform = np.full(rows.shape, 1 / rows.shape[1])
         weights = uniform if setting.temperature is None else similarity_weights(similarity, setting.temperature)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import faiss
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
@@ -87,8 +86,9 @@ def summarize(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> 
 
     Returns:
         (levels, follows): the mean of each score at each level with its interval; and for each ladder
-        and score Pearson and Spearman correlation with quality, caption by caption, with intervals,
-        and `by_level`, Spearman of the level means with the level.
+        and score Pearson and Spearman correlation with quality, caption by caption, with intervals, and
+        how many `steps` there are from a level to the next, and over how many the score rises (`up`) and
+        falls (`down`): the interval of the difference, paired by image, lies above or below 0.
     """
     scores = [s for s in SCORES if s in table]
     levels, follows = [], []
@@ -102,20 +102,26 @@ def summarize(table: pd.DataFrame, rng: np.random.Generator, resamples: int) -> 
             if not varies(values):  # e.g. words where every caption is as long
                 continue
             found = correlations(values, part["quality"].to_numpy(), part["image_id"].to_numpy(), rng, resamples)
-            means = part.groupby("level")[score].mean()
-            by_level = float(spearmanr(means.index, means).statistic) if len(means) > 1 else float("nan")
-            follows += [(ladder, score, k, c["value"], *c["interval"], by_level) for k, c in found.items()]
-    columns = ["ladder", "score", "correlation", "value", "low", "high", "by_level"]
+            steps = _steps(part, score, rng, resamples)
+            follows += [(ladder, score, k, c["value"], *c["interval"], *steps) for k, c in found.items()]
+    columns = ["ladder", "score", "correlation", "value", "low", "high", "steps", "up", "down"]
     return pd.DataFrame(levels, columns=[*GRADE, "score", "mean", "low", "high"]), pd.DataFrame(
         follows, columns=columns
     )
 
 
+def _steps(part: pd.DataFrame, score: str, rng: np.random.Generator, resamples: int) -> tuple[int, int, int]:
+    """(steps, up, down) of a score on one ladder."""
+    differences = part.pivot_table(score, "image_id", "level").diff(axis=1).iloc[:, 1:]
+    intervals = [mean_with_interval(d.dropna().to_numpy(), rng, resamples)["interval"] for _, d in differences.items()]
+    return len(intervals), sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
+
+
 def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
-    """Spearman with quality for a metrics file: {ladder: {score: {"value", "interval", "by_level"}}}."""
+    """Spearman with quality for a metrics file: {ladder: {score: {"value", "interval", "steps", "up", "down"}}}."""
     out: dict = {}
     for r in follows[follows["correlation"] == "spearman"].itertuples():
-        cell = {"value": r.value, "interval": [r.low, r.high], "by_level": r.by_level}
+        cell = {"value": r.value, "interval": [r.low, r.high], "steps": r.steps, "up": r.up, "down": r.down}
         out.setdefault(r.ladder, {})[r.score] = cell
     return out
 

@@ -121,16 +121,22 @@ def metrics_of(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def evaluate(
-    counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamples: int, metrics: Metrics = metrics_of
+    counts: Mapping[str, Mapping[int, pd.DataFrame]],
+    seed: int,
+    resamples: int,
+    metrics: Metrics = metrics_of,
+    subject: str | None = None,
 ) -> dict[str, dict]:
     """Each method's metrics with 95 % intervals over images and seeds, and its gain over the first, paired by image.
 
     Args:
         counts: method -> seed -> one row an image, such as fact_counts.
         metrics: of the sums of their columns.
+        subject: a method that is compared with each of the others.
 
     Returns:
-        {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval"}}}}.
+        {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval"}}}}; the subject's
+        has "against": {other method: {name: {"value", "interval"}}} too, how far it is above the other.
     """
     tables = {method: np.stack([part.to_numpy() for part in runs.values()]) for method, runs in counts.items()}
     first, images = next(iter(tables)), next(iter(tables.values())).shape[1]
@@ -148,6 +154,12 @@ def evaluate(
             gain = (estimates[name] - found[first][name]).cell()
             cell |= {"gain": gain["value"], "gain_interval": gain["interval"]}
         out[method] = {"seeds": list(counts[method]), "images": images, "metrics": cells}
+        if method == subject:
+            out[method]["against"] = {
+                other: {name: (value - its[name]).cell() for name, value in estimates.items()}
+                for other, its in found.items()
+                if other != method
+            }
     return out
 
 

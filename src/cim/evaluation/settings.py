@@ -1,4 +1,4 @@
-"""The parameters of `correlation`, `samples`, `evaluate` and `cim judge`; imports no heavy library."""
+"""The parameters of `correlation`, `samples`, `labels`, `evaluate` and `cim judge`; imports no heavy library."""
 
 from typing import Annotated, Literal
 
@@ -42,6 +42,25 @@ class SamplesSettings(Settings):
     temperature: PositiveFloat = 1.0
     seed: int = 0
     resamples: int = Field(1000, ge=100)
+
+
+class LabelSettings(Settings):
+    """The `labels` group.
+
+    Attributes:
+        of: the split whose captions are compared, or none.
+        split, held_out: the training images, and how many of them no run trains on.
+        levels: names of annotators (`sft.annotators`), from the least thorough on.
+        annotators: captions of an image, of which the study computes how much one says.
+    """
+
+    of: list[str] = Field(max_length=1)
+    split: str
+    held_out: NonNegativeInt
+    levels: dict[str, dict[str, Share]] = Field(min_length=1)
+    annotators: int = Field(ge=2)
+    seed: NonNegativeInt
+    resamples: int = Field(ge=100)
 
 
 class EvaluateSettings(Settings):

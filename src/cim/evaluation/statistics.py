@@ -1,4 +1,4 @@
-"""Bootstrap intervals over images and seeds, correlations and permutation tests.
+"""Bootstrap intervals over images and seeds, correlations and tests.
 
 In correlations `score`, `quality` and `judged` are (n,) values per caption and `images` is (n,), the image of each
 caption; a resample draws images with all their captions. A cell is {"value", "interval"}, as metrics files hold it.
@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau, rankdata
+from scipy.stats import kendalltau, norm, rankdata
 
 TAIL = (1 - 0.95) / 2  # of a 95 % interval
 
@@ -26,6 +26,14 @@ class Estimate(NamedTuple):
     def cell(self) -> dict:
         """{"value", "interval"}, the interval at 95 %."""
         return {"value": float(self.value), "interval": interval(self.samples)}
+
+    def p(self) -> float:
+        """Two-sided p of the value against 0: of its z, with the standard error of the samples.
+
+        It knows of what was resampled, images and seeds, and is not bounded by the number of resamples.
+        """
+        error = np.nanstd(self.samples)
+        return float(2 * norm.sf(abs(self.value) / error)) if error else float(self.value == 0)
 
 
 class Bootstrap:
@@ -152,20 +160,6 @@ def kendall_within(
         return ratio(sums[..., 0], np.sqrt(sums[..., 1] * sums[..., 2]))
 
     return Estimate(tau(counts.sum(0)), tau(resample_weights(len(counts), resamples, rng) @ counts)).cell()
-
-
-def paired_permutation(differences: np.ndarray, rng: np.random.Generator, resamples: int = 10_000) -> float:
-    """Two-sided p of a mean paired difference: how often random signs give one as large.
-
-    The observed difference counts as one of the resamples, so that no p is 0.
-    """
-    observed = abs(differences.mean())
-    exceeding = 0
-    for start in range(0, resamples, 1000):
-        signs = rng.choice([-1.0, 1.0], (min(1000, resamples - start), len(differences)))
-        # A margin for rounding: the observed signs themselves must count.
-        exceeding += int((np.abs(signs @ differences) / len(differences) >= observed - 1e-12).sum())
-    return (exceeding + 1) / (resamples + 1)
 
 
 def holm(p: list[float]) -> list[float]:

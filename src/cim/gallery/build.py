@@ -1,6 +1,6 @@
 """Building and enlarging a gallery shard by shard; after an interruption, finished shards are not embedded again.
 
-FOLDER.building, next to the gallery, holds a plan and one folder per finished shard. Each is written under another name
+FOLDER.building, next to the gallery, holds a plan and one file per finished shard. Each is written under another name
 and renamed, so that only complete ones count. With `accelerate launch` every process embeds its share of the shards, on
 several machines too where they share the folder. At the end one process joins them, builds the index, and
 puts the gallery in its place.
@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.feather
 from tqdm import tqdm
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.files import clear_disk_errors, locked, read_json, refuse_foreign, write_json
+from cim.files import clear_disk_errors, locked, read_json, refuse_foreign, replacing, write_json
 from cim.gallery import store
 from cim.gallery.search import build_index, choose_kind, new_index
 from cim.gallery.settings import BuildSettings
@@ -109,7 +110,8 @@ class _Build:
     def __init__(self, shards, settings: BuildSettings, text_encoder, image_encoder, folder: Path, add: bool):
         self.shards, self.settings, self.text, self.image = shards, settings, text_encoder, image_encoder
         self.folder, self.work = _folders(folder)
-        self.parts = [self.work / f"{i:06d}" for i in range(len(shards))]
+        # Tables of SCHEMA's columns and both embeddings; what was left out is in their metadata.
+        self.parts = [self.work / "parts" / f"{i:06d}" for i in range(len(shards))]
         self._in_main_process(self._settle)
         self.base = base = store.load_gallery(self.folder, text_encoder, image_encoder) if add else None
         encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder}
@@ -122,7 +124,7 @@ class _Build:
             new_index(self.settings.index, self.text.dim)  # fail now, not after hours of embedding
         self._in_main_process(self._start_or_resume)
         rank, count = processes().process_index, processes().num_processes
-        mine = [i for i in range(rank, len(self.parts), count) if not self.parts[i].is_dir()]
+        mine = [i for i in range(rank, len(self.parts), count) if not self.parts[i].is_file()]
         for done, i in enumerate(mine, 1):
             if len(self.parts) > 1:
                 print(f"shard {i + 1} of {len(self.parts)} ({done} of {len(mine)} to do here)", flush=True)
@@ -153,20 +155,13 @@ class _Build:
     def _start_or_resume(self) -> None:
         path = self.work / PLAN
         if path.is_file() and read_json(path) == self.plan:
-            done = sum(part.is_dir() for part in self.parts)
+            done = sum(part.is_file() for part in self.parts)
             print(f"{self.work}: resuming, {done} of {len(self.parts)} shards are done", flush=True)
             return
         if path.is_file():
             print(f"{self.work}: started with other sources or encoders; starting again", flush=True)
-            self._clear()
+        shutil.rmtree(self.work / "parts", ignore_errors=True)
         write_json(path, self.plan)
-
-    def _clear(self) -> None:
-        """Remove all but the plan, which first becomes invalid, so that no part counts as finished."""
-        write_json(self.work / PLAN, None)
-        for path in self.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
 
     def _embed(self, shard: Shard, part: Path) -> None:
         rows, skipped, images = [], {}, [np.zeros((0, self.image.dim), np.float32)]
@@ -174,24 +169,29 @@ class _Build:
         with tqdm(desc="encoding images", mininterval=2) as bar:
             while block := list(islice(records, BLOCK)):
                 found, vectors = self._embed_images(block, skipped)
-                self._check_skipped(shard, skipped)
+                if skipped and self.settings.max_skipped == 0:  # a larger share is checked at the end
+                    image_id, reason = next(iter(skipped.items()))
+                    raise CimError(
+                        f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} so far in this shard); fix or "
+                        "remove it, or allow a share with max_skipped"
+                    )
                 rows += found
                 images.append(vectors)
                 bar.update(len(block))
                 del block  # before the next is read
         texts = self.text.encode([row["caption"] for row in rows], progress=len(self.parts) == 1)
-        aside = part.with_name(f"{part.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        parts = (store.TEXTS, self.text, texts), (store.IMAGES, self.image, np.concatenate(images))
-        for name, encoder, vectors in parts:
+        table = pa.Table.from_pylist(rows, schema=store.SCHEMA)
+        embedded = (store.TEXTS, self.text, texts), (store.IMAGES, self.image, np.concatenate(images))
+        for name, encoder, vectors in embedded:
             if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
                 where = f"image '{rows[bad[0]]['image_id']}': encoder '{encoder.spec}'"
                 raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
-            store.write_array(aside / name, len(rows), encoder.dim, [vectors])
-        store.write_rows(aside / store.ROWS, [pa.Table.from_pylist(rows, schema=store.SCHEMA)])
-        _write_lines(aside / store.SKIPPED, [{"image_id": k, "reason": v} for k, v in skipped.items()])
-        os.replace(aside, part)
+            flat = pa.array(vectors.astype(np.float16).ravel())
+            table = table.append_column(name, pa.FixedSizeListArray.from_arrays(flat, encoder.dim))
+        left_out = json.dumps([{"image_id": image_id, "reason": reason} for image_id, reason in skipped.items()])
+        with replacing(part) as partial:
+            table = table.replace_schema_metadata({"skipped": left_out})
+            pyarrow.feather.write_feather(table, str(partial), compression="uncompressed")
 
     def _embed_images(self, records: list[Record], skipped: dict[str, str]) -> tuple[list[dict], np.ndarray]:
         """The rows and (n, d) image embeddings of the records that are new and can be used; the rest to `skipped`."""
@@ -212,21 +212,12 @@ class _Build:
         names = [(r.image_id, place, r.caption, d) for r, place, d in zip(records, places, digests, strict=True)]
         return [dict(zip(store.SCHEMA.names, row, strict=True)) for row in names], images[kept]
 
-    def _check_skipped(self, shard: Shard, skipped: dict[str, str]) -> None:
-        """Stop at once if no row may be left out; a share is known only at the end."""
-        if skipped and self.settings.max_skipped == 0:
-            image_id, reason = next(iter(skipped.items()))
-            raise CimError(
-                f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} so far in this shard); fix or remove it, "
-                "or allow a share with max_skipped"
-            )
-
     def _publish(self) -> None:
         """Join the parts next to a former gallery and put the result in its place."""
-        tables = [store.read_rows(part / store.ROWS) for part in self.parts]
+        tables = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
         hashes = pd.Series(np.concatenate([np.zeros(0, np.uint64), *(store.hashes(t["image_id"]) for t in tables)]))
         firsts = np.split(~hashes.duplicated().to_numpy(), np.cumsum([len(t) for t in tables])[:-1])
-        skipped = [json.loads(line) for part in self.parts for line in (part / store.SKIPPED).read_text().splitlines()]
+        skipped = [row for table in tables for row in json.loads(table.schema.metadata[b"skipped"])]
         for table, first in zip(tables, firsts, strict=True):
             repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
             skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
@@ -248,15 +239,16 @@ class _Build:
         aside = self.work / "joined"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        parts = list(zip(self.parts, tables, firsts, strict=True))
+        # Generators: one shard at a time is in memory.
         for name, dim in ((store.TEXTS, self.text.dim), (store.IMAGES, self.image.dim)):
             former = [] if base is None else [np.load(self.folder / name, mmap_mode="r")]
-            # A generator: one shard at a time is in memory.
-            new = (np.load(part / name, mmap_mode="r")[first] for part, _, first in parts)
+            flat = (np.asarray(table[name].combine_chunks().flatten()) for table in tables)
+            new = (vectors.reshape(-1, dim)[first] for vectors, first in zip(flat, firsts, strict=True))
             store.write_array(aside / name, total, dim, chain(former, new))
-        new_rows = (table.filter(pa.array(first)) for _, table, first in parts)
+        new_rows = (table.filter(pa.array(first)) for table, first in zip(tables, firsts, strict=True))
         store.write_rows(aside / store.ROWS, chain([] if base is None else [base.table], new_rows))
-        _write_lines(aside / store.SKIPPED, skipped)
+        lines = "".join(json.dumps(row) + "\n" for row in skipped)
+        (aside / store.SKIPPED).write_text(lines, encoding="utf-8")
         vectors = np.load(aside / store.TEXTS, mmap_mode="r")
         index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
         transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="r"))
@@ -270,7 +262,8 @@ class _Build:
             os.replace(self.folder, self.work / "old")
         os.replace(aside, self.folder)
         self._settle()
-        self._clear()
+        # First the parts, since a folder without a plan is not taken for that of a build.
+        shutil.rmtree(self.work / "parts")
         shutil.rmtree(self.work)
         if skipped:
             print(f"{self.folder}: {len(skipped)} rows were left out, see {self.folder / store.SKIPPED}", flush=True)
@@ -293,7 +286,3 @@ def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: stor
         trained_on, source = former["trained_on"], base.folder / former["file"]
     tuned = build_index(vectors, kind, recall, path, source)
     return {"kind": kind, "reason": reason, **tuned, "file": path.name, "trained_on": trained_on}
-
-
-def _write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import faiss
@@ -18,9 +18,10 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from cim.errors import CimError
-from cim.files import replacing
+from cim.files import explained, replacing
 from cim.processes import computes_in_bfloat16
 
+OTHER_KIND = "use exact, auto or another string for faiss.index_factory"
 SMALL = 200_000  # rows up to which exact search is fast
 BLOCK = 65_536  # rows read, written or added at once
 SCAN = 4096  # rows multiplied at once on a CPU, so that they and their scores stay in its caches
@@ -173,7 +174,7 @@ def new_index(kind: str, dim: int) -> faiss.Index:
     Raises:
         CimError: where FAISS refuses `kind`.
     """
-    with _clear_errors(f"parameter index: FAISS refuses '{kind}' for {dim} dimensions", _OTHER):
+    with explained(f"parameter index: FAISS refuses '{kind}' for {dim} dimensions", OTHER_KIND, RuntimeError):
         # FAISS crashes or hangs on a count of zero, as in IVF0.
         if re.search(r"[A-Z]0(\D|$)", kind):
             raise RuntimeError("a count is 0")
@@ -194,7 +195,7 @@ def build_index(vectors: np.ndarray, kind: str, recall: float, path: Path, forme
     """
     n = len(vectors)
     index = new_index(kind, vectors.shape[1]) if former is None else faiss.read_index(str(former))
-    with _clear_errors(f"parameter index: FAISS cannot build '{kind}' from {n:,} rows", _OTHER):
+    with explained(f"parameter index: FAISS cannot build '{kind}' from {n:,} rows", OTHER_KIND, RuntimeError):
         if not index.ntotal:
             ivf = faiss.try_extract_index_ivf(index)
             size = min(n, max(65_536, 40 * ivf.nlist if ivf else 0))
@@ -209,17 +210,6 @@ def build_index(vectors: np.ndarray, kind: str, recall: float, path: Path, forme
     tuned = {"recall": round(_calibrate(search, recall), 4), "effort": search.effort, "candidates": search.candidates}
     print("index:", ", ".join(f"{name} {value}" for name, value in tuned.items()), flush=True)
     return tuned
-
-
-_OTHER = "use exact, auto or another string for faiss.index_factory"
-
-
-@contextmanager
-def _clear_errors(problem: str, fix: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise CimError(f"{problem} ({' '.join(str(error).split())[-160:]}); {fix}") from None
 
 
 def _calibrate(search: FaissSearch, target: float, queries: int = 256) -> float:
@@ -274,7 +264,7 @@ def open_search(
     if kind == "exact" or fits:
         return ExactSearch(vectors, device if fits else "cpu")
     fix = "rebuild it with 'cim gallery index'"
-    with _clear_errors(f"{path}: unreadable FAISS index", fix):
+    with explained(f"{path}: unreadable FAISS index", fix, RuntimeError):
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (found := (index.ntotal, index.d)) != vectors.shape:
         raise CimError(f"{path}: index of {found} vectors and dimensions, the gallery has {vectors.shape}; {fix}")

@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,7 +26,7 @@ from PIL import Image
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
-from cim.files import valid_text
+from cim.files import explained, valid_text
 from cim.gallery.settings import GallerySettings
 from cim.images import DAMAGED, SUFFIXES, content_digest, locate, open_image, read_stored
 
@@ -137,13 +137,8 @@ def source_files(sources: Iterable[Path]) -> list[Path]:
 Parts = Iterator[tuple[str, Callable[[], Iterable[Record]]]]  # of one file: what to add to its name, and the reader
 
 
-@contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except (*DAMAGED, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise CimError(f"{path}: not a readable {kind} file ({reason}); fetch or write it again") from None
+def _reading(path: Path, kind: str) -> AbstractContextManager:
+    return explained(f"{path}: not a readable {kind} file", "fetch or write it again", *DAMAGED, pa.ArrowException)
 
 
 def _parquet(path: Path, root: Path, rows: int) -> Parts:

@@ -11,7 +11,7 @@ skipped.jsonl  rows that were left out, with the reason
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,19 +92,19 @@ class Gallery:
 
     def rows_of(self, image_ids) -> np.ndarray:
         """(n,) gallery row of each image, -1 where it is not in the gallery."""
-        return self._by_id(image_ids)
+        return self._by_id.reindex(hashes(image_ids), fill_value=-1).to_numpy()
 
     def copies_of(self, digests) -> np.ndarray:
         """(n,) gallery row with each content_digest of an image file, -1 where the gallery has no such file."""
-        return self._by_digest(digests)
+        return self._by_digest.reindex(hashes(digests), fill_value=-1).to_numpy()
 
     @cached_property
-    def _by_id(self) -> "_Lookup":
-        return _Lookup(self.table["image_id"])
+    def _by_id(self) -> pd.Series:
+        return _first_rows(self.table["image_id"])
 
     @cached_property
-    def _by_digest(self) -> "_Lookup":
-        return _Lookup(self.table["digest"])
+    def _by_digest(self) -> pd.Series:
+        return _first_rows(self.table["digest"])
 
     def text_embeddings(self) -> np.ndarray:
         """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
@@ -164,29 +164,16 @@ def drop_excluded(found: np.ndarray, exclude: np.ndarray) -> np.ndarray:
     return found[~hit].reshape(len(found), -1)
 
 
-class _Lookup:
-    """The row of a value by sorted hashes of a column: 16 bytes per row, where a dictionary takes hundreds."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        hashed = hashes(column)
-        self._column, self._order = column, np.argsort(hashed, kind="stable")
-        self._hashes = hashed[self._order]
-
-    def __call__(self, values) -> np.ndarray:
-        """(n,) row of each value, -1 for none."""
-        wanted = np.asarray(values, dtype=object)
-        if not len(wanted) or not len(self._order):
-            return np.full(len(wanted), -1)
-        place = np.searchsorted(self._hashes, pd.util.hash_array(wanted)).clip(max=len(self._order) - 1)
-        rows = self._order[place].astype(np.int64)
-        same = self._column.take(pa.array(rows)).to_numpy(zero_copy_only=False) == wanted
-        return np.where(same, rows, -1)
+def hashes(texts: pa.ChunkedArray | Sequence[str]) -> np.ndarray:
+    """(n,) 64-bit hashes, the same in every process; two of a million texts share one with a probability of 3e-8."""
+    parts = (texts[part] for part in blocks(len(texts)))
+    return np.concatenate([np.zeros(0, np.uint64), *(pd.util.hash_array(np.array(part, object)) for part in parts)])
 
 
-def hashes(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) 64-bit hashes of strings, the same in every process."""
-    parts = [pd.util.hash_array(column[b].to_numpy(zero_copy_only=False).astype(object)) for b in blocks(len(column))]
-    return np.concatenate([np.zeros(0, np.uint64), *parts])
+def _first_rows(column: pa.ChunkedArray) -> pd.Series:
+    """The first row of each value, by its hash: tens of bytes a row, where a dictionary of the texts takes hundreds."""
+    rows = pd.Series(np.arange(len(column)), hashes(column))
+    return rows[~rows.index.duplicated()]
 
 
 def load_gallery(

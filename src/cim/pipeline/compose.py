@@ -35,7 +35,7 @@ def compose(overrides: list[str], conf: Path = CONF) -> dict:
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
             params = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise CimError(f"parameters: {' '.join(str(error).split())[:300]}") from None
     check_params(params)
     return params

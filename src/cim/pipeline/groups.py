@@ -9,11 +9,18 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 
 from cim.captioners.settings import CaptionSettings, ModelSettings, PhotoCaptionerSettings
 from cim.data.dataset import DatasetSettings
-from cim.evaluation.settings import CorrelationSettings, EvaluateSettings, JudgementSettings, SamplesSettings
+from cim.errors import CimError
+from cim.evaluation.settings import (
+    CorrelationSettings,
+    EvaluateSettings,
+    JudgementSettings,
+    LabelSettings,
+    SamplesSettings,
+)
 from cim.gallery.settings import GallerySettings
 from cim.params import EncoderSettings, Settings, group
 from cim.rewards import RewardSettings
-from cim.runs import all_runs, parse_run, with_variant
+from cim.runs import SFT_METHODS, all_runs, parse_run, with_variant
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
 from cim.world.settings import CaptionerSettings, EncoderTrainingSettings
 
@@ -31,6 +38,7 @@ class Variant(Settings):
 
     reward: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    sft: dict[str, Any] = Field(default_factory=dict)
 
 
 class VariantSettings(Settings):
@@ -56,6 +64,7 @@ GROUPS = {
     "evaluate": EvaluateSettings,
     "gallery": GallerySettings,
     "judgements": JudgementSettings,
+    "labels": LabelSettings,
     "model": ModelSettings,
     "results": ResultSettings,
     "reward": RewardSettings,
@@ -69,7 +78,7 @@ NULLABLE = ("captioner", "encoder")  # null where the profile trains nothing in 
 
 
 def check_params(params: dict[str, Any]) -> None:
-    """Check every group, every variant and the name of every run.
+    """Check every group, every variant, and the name and the stage of every run.
 
     Raises:
         CimError: for the first that is missing or invalid.
@@ -84,4 +93,6 @@ def check_params(params: dict[str, Any]) -> None:
         for name in variant.model_fields_set:
             group(GROUPS[name], changed[name], f"variants.{method}.{name}")
     for run in all_runs(params["runs"]):
-        with_variant(params, parse_run(run)[0])
+        supervised = with_variant(params, parse_run(run)[0])[1] in SFT_METHODS
+        if supervised != (run in params["runs"]["sft"]):
+            raise CimError(f"parameters: run '{run}' belongs in runs.{'sft' if supervised else 'grpo'}")

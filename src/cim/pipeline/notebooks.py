@@ -13,6 +13,7 @@ NOTEBOOKS = {
     "correlation": ("encoders", "model"),
     "train": ("compute", "encoders", "model", "reward", "sft", "variants"),
     "samples": ("encoders", "model", "reward"),
+    "labels": ("sft", "variants"),
     "evaluate": ("encoders", "reward"),
     "results": (),
 }

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from cim.evaluation.statistics import with_interval
 from cim.files import read_json
 from cim.report.pages import render
-from cim.report.tables import KINDS, above, capture_table, markdown, readme_table, tau, text, trained_method
+from cim.report.tables import KINDS, capture_table, markdown, readme_table, tau, text, trained_method
 from cim.runs import label
 
-HOLDS = 0.9  # Spearman of the grades' mean scores: 1 where each grade scores above the one below
+UNDECIDED = "undecided"
+RIVALS = ("grc", "qir", "sft", "self_retrieval", "clipscore")
 CLAIMED = {"grc": ("fineness",), "qir": ("fineness", "accuracy"), "cim": ("fineness", "accuracy")}
 PRECISION = [f"{kind}_precision" for kind in KINDS]
 FIGURES = {
@@ -26,6 +28,9 @@ FIGURES = {
     "samples/agreement": "agreement of each score with quality, among captions sampled for one image",
     "samples/attacks": "how often each score prefers a caption made to please it",
     "samples/best_of": "quality of the caption that each score chooses among N",
+    "labels/images": "SFT against CIM by the number of labelled images and the annotators' thoroughness",
+    "labels/slips": "SFT against CIM by the annotators' error rate",
+    "labels/annotators": "how much one annotator says of what five say, and how often two contradict each other",
     "train/*": "reward, its parts, KL divergence, length and diversity by training step",
     "evaluate/capture": "CAPTURE and SC-Captioner's scores by method",
     "evaluate/facts": "facts that the captions state, by method",
@@ -37,9 +42,9 @@ FIGURES = {
 COMMANDS = {
     "": "make repro",
     "study": "make study",
+    "labels-study": "make labels",
     "flickr8k-judgements": "make photos DATA=folder",
     "flickr8k": "make photos-train DATA=folder",
-    "photos": "cim pipeline runs/photos correlation -S profile=photos -S dataset.folder=FOLDER",
 }
 
 
@@ -55,57 +60,77 @@ def read_evaluation(folder: Path) -> tuple[dict, dict]:
 
 
 def verdicts(correlation: Mapping) -> pd.DataFrame:
-    """Whether each score rises with each ladder: columns score, ladder, by_level, claimed (by the paper), holds."""
+    """Whether each score rises with each ladder: columns score, ladder, measured, claimed (by the paper), verdict.
+
+    Yes where it rises over every step to the next grade, paired by image, no where it falls over one.
+    """
     rows = [
-        (score, ladder, cell["by_level"] or 0.0, ladder in CLAIMED.get(score, ()))
+        (score, ladder, f"{cell['up']} of {cell['steps']} steps up", ladder in CLAIMED.get(score, ()), _rises(**cell))
         for ladder, scores in correlation["spearman"].items()
         for score, cell in scores.items()
         if ladder != "model"
     ]
-    table = pd.DataFrame(rows, columns=["score", "ladder", "by_level", "claimed"])
-    return table.assign(holds=table["by_level"] >= HOLDS)
+    return pd.DataFrame(rows, columns=["score", "ladder", "measured", "claimed", "verdict"])
+
+
+def _rises(steps: int, up: int, down: int, **_: Any) -> str:
+    return "no" if down else "yes" if up == steps else UNDECIDED
+
+
+def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
+    """What a 95 % interval says of a difference being above `at_least`: yes, no, or undecided where it is in it."""
+    low, high = interval
+    return "yes" if low > at_least else "no" if high < at_least else UNDECIDED
 
 
 def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]:
-    """The paper's claims that these results can test: "claim", what was "measured" and whether it "holds"."""
+    """The paper's claims that these results can test: "claim", what was "measured" and the "verdict"."""
     rows = [
-        (f"{r.score.upper()} rises with {r.ladder} (by level, at least {HOLDS})", f"{r.by_level:.2f}", r.holds)
+        (f"{r.score.upper()} rises with {r.ladder}", r.measured, r.verdict)
         for r in verdicts(correlation).query("claimed").itertuples()
     ]
     compared, strict, counted = _compared(capture, "cim"), _strict(capture), _counted(facts)
     for name, title in (("capture", "CAPTURE"), ("relation_recall", "relation recall")):
         if name in compared:
-            holds = compared[name]["difference"] > 0 and compared[name]["p_holm"] < 0.05
+            row = compared[name]
+            holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
             claim = f"CIM raises {title} (strict), p < 0.05 after Holm's correction"
             rows.append((claim, _change(strict, "cim", name), holds))
     if "cim" in counted:
-        cim, base = counted["cim"], counted["base"]
+        cim, base = counted["cim"], counted["base"]["relation_recall"]["value"] or float("nan")
         for name, title in (("relation_recall", "relation recall"), ("qa_accuracy", "questions answered")):
-            claim = f"CIM beats its base on {title}, counted, intervals apart"
-            rows.append((claim, _change(counted, "cim", name), above(cim[name], base[name])))
-        relative = cim["relation_recall"]["gain"] / (base["relation_recall"]["value"] or float("nan"))
-        rows.append(("relation recall, counted, gains at least 20 % relative", f"{relative:+.0%}", relative >= 0.2))
+            claim = f"CIM beats its base on {title}, counted"
+            rows.append((claim, _change(counted, "cim", name), verdict(cim[name]["gain_interval"])))
+        gain, relative = cim["relation_recall"], [bound / base for bound in cim["relation_recall"]["gain_interval"]]
+        measured = with_interval({"value": gain["gain"] / base, "interval": relative}, digits=0) + " %"
+        rows.append(("relation recall, counted, gains at least 20 % relative", measured, verdict(relative, 0.2)))
         for name in PRECISION:
-            claim = f"{name.replace('_', ' ')}, counted, does not fall"
-            rows.append((claim, _change(counted, "cim", name), not _falls(cim[name]["gain_interval"])))
-        for rival in ("grc", "qir", "sft", "self_retrieval", "clipscore"):
-            if rival in counted:
-                own, other = cim["all_f1"], counted[rival]["all_f1"]
-                measured = f"{text('all_f1', own)} against {text('all_f1', other)}"
-                rows.append((f"CIM beats {label(rival)} on F1 of all facts", measured, own["value"] > other["value"]))
-    return [{"claim": claim, "measured": measured, "holds": bool(holds)} for claim, measured, holds in rows]
+            claim, low = f"{name.replace('_', ' ')}, counted, does not fall", cim[name]["gain_interval"][0]
+            measured = f"{_change(counted, 'cim', name)}: {_signed(cim[name]['gain'], cim[name]['gain_interval'])}"
+            rows.append((claim, measured, "yes" if low == 0 else verdict(cim[name]["gain_interval"])))
+        for rival, cells in facts["methods"]["cim"].get("against", {}).items():
+            if rival in RIVALS:
+                paired, pair = cells["all_f1"], (text("all_f1", own["all_f1"]) for own in (cim, counted[rival]))
+                measured = f"{' against '.join(pair)}: {_signed(paired['value'], paired['interval'])}"
+                rows.append((f"CIM beats {label(rival)} on F1 of all facts", measured, verdict(paired["interval"])))
+    return [{"claim": claim, "measured": measured, "verdict": verdict} for claim, measured, verdict in rows]
+
+
+def _signed(value: float, interval: Sequence[float]) -> str:
+    """A paired difference, in percentage points."""
+    low, high = interval
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def correlation_findings(correlation: Mapping) -> str:
     """What stage correlation found, in three to six sentences."""
     table = verdicts(correlation)
-    said = [f"{r.score.upper()} by {r.ladder} ({r.by_level:.2f})" for r in table.itertuples()]
-    said, claimed, holds = pd.Series(said, dtype=object), table["claimed"], table["holds"]
+    said = [f"{r.score.upper()} by {r.ladder} ({r.measured})" for r in table.itertuples()]
+    said, claimed = pd.Series(said, dtype=object), table["claimed"]
     return _sentences(
         "correlation.md",
         **correlation,
-        holding=said[claimed & holds].tolist(),
-        failing=said[claimed & ~holds].tolist(),
+        **{name: said[claimed & (table["verdict"] == name)].tolist() for name in ("yes", "no", UNDECIDED)},
         other=said[~claimed & (table["score"] == "grc")].tolist(),
         tau=tau,
     )
@@ -165,12 +190,16 @@ def _range(cell: Mapping, digits: int = 2) -> str:
 
 
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
-    """How many claims hold, which do not, and what the trained method gained, in three sentences."""
-    failed = [f"{r['claim']} ({r['measured']})" for r in rows if not r["holds"]]
+    """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
+    hold, failed, open_ = (
+        [f"{r['claim']} ({r['measured']})" for r in rows if r["verdict"] == name] for name in ("yes", "no", UNDECIDED)
+    )
     rest = f"These do not: {'; '.join(failed)}." if failed else "None fails."
+    if open_:
+        rest += f" The intervals leave these open: {'; '.join(open_)}."
     method, strict = trained_method(capture["methods"]), _strict(capture)
     return (
-        f"Of the {len(rows)} claims of the paper that these results can test, {len(rows) - len(failed)} hold. {rest} "
+        f"Of the {len(rows)} claims of the paper that these results can test, {len(hold)} hold. {rest} "
         f"With {label(method)}, strict CAPTURE goes from {_change(strict, method, 'capture')} and caption length from "
         f"{_change(strict, method, 'words')} words."
     )
@@ -193,7 +222,7 @@ def readme(results: Path, profile: str) -> str:
         folder=best.relative_to(results),
         table=readme_table(best / "metrics.json") if facts["methods"] else markdown(capture_table(capture, "strict")),
         findings=[correlation_findings(correlation), evaluation_findings(facts, capture)],
-        claims=markdown(checked.replace({"holds": {True: "yes", False: "**no**"}})),
+        claims=markdown(checked.replace({"verdict": {"no": "**no**"}})),
         figures=figures,
     )
 

@@ -108,20 +108,15 @@ def human_table(human: Mapping) -> pd.DataFrame:
 
 
 def gains_table(facts: Mapping, names: Sequence[str] = (*FACTS, "words")) -> pd.DataFrame:
-    """Each method's gain over the base, metric by metric, and whether the two intervals lie apart."""
+    """Each method's gain over the base, metric by metric, and its paired interval."""
     rows = []
     for method, name in ((m, n) for m in facts["methods"] if m not in ("base", "empty") for n in names):
         cell, base = (facts["methods"][m]["metrics"][name] for m in (method, "base"))
         relative = cell["gain"] / base["value"] if base["value"] else float("nan")
-        gain = cell["gain"], *cell["gain_interval"], relative, above(cell, base)
+        gain = cell["gain"], *cell["gain_interval"], relative
         rows.append((label(method), TITLES[name], base["value"], cell["value"], *gain))
-    columns = ["method", "metric", "base", "value", "gain", "gain low", "gain high", "relative", "intervals apart"]
+    columns = ["method", "metric", "base", "value", "gain", "gain low", "gain high", "relative"]
     return pd.DataFrame(rows, columns=columns).round(3)
-
-
-def above(cell: Mapping, other: Mapping) -> bool:
-    """Whether the first 95 % interval lies wholly above the other."""
-    return cell["interval"][0] > other["interval"][1]
 
 
 def comparison_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
@@ -150,11 +145,11 @@ def metric_table(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
 def correlation_table(correlation: Mapping) -> pd.DataFrame:
     """Spearman with quality by ladder and score, from the correlation study's metrics.json."""
     rows = [
-        (ladder, score, tau(c), "" if c["by_level"] is None else f"{c['by_level']:.2f}")
+        (ladder, score, tau(c), f"{c['up']} up, {c['down']} down of {c['steps']}" if c["steps"] else "")
         for ladder, scores in correlation["spearman"].items()
         for score, c in scores.items()
     ]
-    return pd.DataFrame(rows, columns=["ladder", "score", "Spearman", "by level"]).set_index(["ladder", "score"])
+    return pd.DataFrame(rows, columns=["ladder", "score", "Spearman", "steps"]).set_index(["ladder", "score"])
 
 
 def paper_table(facts: Mapping, capture: Mapping) -> pd.DataFrame:

@@ -6,18 +6,22 @@
     torchrun --nproc_per_node 8 -m -- cim.train --run cim-0                         without accelerate's launcher
 
 A run is METHOD-SEED. The method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), cim_on_sft (GRPO from the
-fine-tuned model), sft (on captions as annotators write them) or sft_perfect (on complete captions without errors).
+fine-tuned model), sft (on captions as annotators write them), sft_perfect (on complete captions without errors) or one
+of the `variants` group.
 If interrupted, rerun the same command: it resumes from the last checkpoint.
 """
 
 import argparse
+import os
+import signal
+import threading
 from pathlib import Path
 
 import torch
 
 from cim.errors import CimError, one_line_errors
 from cim.params import read_params
-from cim.runs import SFT_METHODS, parse_run
+from cim.runs import SFT_METHODS, parse_run, with_variant
 
 
 def main() -> None:
@@ -25,19 +29,30 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    parser.add_argument("--attached", action="store_true", help="end when standard input is closed, as cim train does")
     arguments = parser.parse_args()
+    if arguments.attached:
+        threading.Thread(target=_end_with_standard_input, daemon=True).start()
     with one_line_errors():
-        if parse_run(arguments.run)[0] in SFT_METHODS:
+        params = read_params(arguments.params)
+        if with_variant(params, parse_run(arguments.run)[0])[1] in SFT_METHODS:
             from cim.train.sft import train
         else:
             from cim.train.grpo import train
         try:
-            train(arguments.run, read_params(arguments.params), arguments.artifacts)
+            train(arguments.run, params, arguments.artifacts)
         except torch.OutOfMemoryError as error:
             raise CimError(
                 f"the GPU ran out of memory ({' '.join(str(error).split())[:120]}); lower compute.per_device or "
                 "model.max_pixels, or set compute.gradient_checkpointing, and rerun the same command to resume"
             ) from None
+
+
+def _end_with_standard_input() -> None:
+    """End this process when whoever started the run has ended, so that no second one joins it at the checkpoints."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

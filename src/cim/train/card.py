@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from cim.captioners.settings import ModelSettings
-from cim.runs import SFT_METHODS, parse_run
+from cim.runs import SFT_METHODS, parse_run, with_variant
 
 CARD = """---
 {head}
@@ -28,7 +28,8 @@ SFT = "Fine-tuned on captions of the training images (`{}`)."
 def write_card(out: Path, run: str, model: ModelSettings, params: dict, images: int, state) -> None:
     """Write OUT/README.md in the hub's format; `state` is the trainer's."""
     method, seed = parse_run(run)
-    how, groups = (SFT, ("train", "sft")) if method in SFT_METHODS else (GRPO, ("train", "reward", "encoders"))
+    supervised = with_variant(params, method)[1] in SFT_METHODS
+    how, groups = (SFT, ("train", "sft")) if supervised else (GRPO, ("train", "reward", "encoders"))
     head = ModelCardData(
         base_model=None if Path(model.name).exists() else model.name,  # the hub refuses names that it does not have
         library_name="transformers", pipeline_tag="image-text-to-text", tags=["cim", method],

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor, Partial
@@ -24,12 +25,12 @@ from cim.errors import CimError
 from cim.files import read_json, short_digest, write_json
 from cim.images import open_image
 from cim.params import group
-from cim.runs import ON_SFT, parse_run, with_variant
+from cim.runs import ON_SFT, SFT_METHODS, parse_run, with_variant
 from cim.train import checkpoints
 from cim.train.batches import Batches
 from cim.train.card import write_card
 from cim.train.log import StepLog
-from cim.train.settings import ComputeSettings, TrainSettings
+from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
 
 INPUTS = "inputs.json"  # the last file of a trained run: what it was made from
 MERGED = "merged"  # the folder of an adapter's weights merged into its base
@@ -40,6 +41,8 @@ class Job:
     """One training run. Creating it reads and checks all inputs but the model; `load` loads `model` and `processor`.
 
     Attributes:
+        objective: the reward, or the SFT method, that it trains with.
+        sft: the `sft` group of an SFT run, else None.
         images, validation: the training split, and the part of it that is held out to choose a checkpoint by.
         distributed: accelerate's distributed type; DEEPSPEED and FSDP divide the weights among the processes.
         out, checkpoints: folders of the trained model, and of checkpoints by the digest of the run's inputs.
@@ -54,6 +57,7 @@ class Job:
         params, self.objective = with_variant(params, self.method)
         self.params = params
         self.settings = group(TrainSettings, params.get("train"), "train")
+        self.sft = group(SftSettings, params.get("sft"), "sft") if self.objective in SFT_METHODS else None
         self.compute = group(ComputeSettings, params.get("compute"), "compute")
         self.model_settings = group(ModelSettings, params.get("model"), "model")
         if self.method == ON_SFT:
@@ -71,7 +75,7 @@ class Job:
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
         check_possible(self.settings, self.compute, self.model_settings, self.distributed)
-        self.images, self.validation = training_images(artifacts, self.settings)
+        self.images, self.validation = training_images(artifacts, self.settings, self.sft and self.sft.images, self.seed)
         self.out = artifacts / "train" / run
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         self.checkpoints = artifacts / "checkpoints" / run
@@ -188,8 +192,10 @@ class Job:
         write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
 
 
-def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest, Manifest]:
-    """The images to train on, and those of the same split that are held out for validation."""
+def training_images(
+    artifacts: Path, settings: TrainSettings, labelled: int | None = None, seed: int = 0
+) -> tuple[Manifest, Manifest]:
+    """The images to train on, only so many as are `labelled` where given, and those held out for validation."""
     split = read_manifest(artifacts / "dataset" / "manifest.parquet").split(settings.split)
     cut = len(split) - settings.validation
     if cut <= 0:
@@ -197,12 +203,19 @@ def training_images(artifacts: Path, settings: TrainSettings) -> tuple[Manifest,
             f"parameters: train.validation={settings.validation} leaves none of the {len(split)} images "
             f"of split '{settings.split}' to train on; lower it"
         )
+    if labelled and labelled > cut:
+        raise CimError(
+            f"parameters: sft.images={labelled} is more than the {cut} images of split '{settings.split}' to train on; "
+            "lower it"
+        )
     if missing := [path for path in split.image_paths if not path.is_file()]:
         raise CimError(
             f"{missing[0]}: image not found, as {len(missing)} of {len(split)} of split '{settings.split}'; "
             "restore the files or make the data set again"
         )
-    return split.take(range(cut)), split.take(range(cut, len(split)))
+    # Drawn, since a split can be ordered: the small world's is, by what its scenes show.
+    drawn = np.sort(np.random.default_rng(seed).permutation(cut)[: labelled or cut])
+    return split.take(drawn), split.take(range(cut, len(split)))
 
 
 def check_possible(settings: TrainSettings, compute: ComputeSettings, model: ModelSettings, distributed: str) -> None:

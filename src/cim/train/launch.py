@@ -28,7 +28,11 @@ def train(run: str, params: dict) -> Iterator[str]:
         file = Path(folder) / "params.yaml"
         file.write_text(yaml.safe_dump(params), encoding="utf-8")
         started = [*command(compute.accelerate, torch.cuda.device_count()), "--run", run, "--params", str(file)]
-        with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        if configuration(compute.accelerate).get("num_machines", 1) == 1:  # others start processes without this input
+            started.append("--attached")
+        # This end of the pipe to standard input closes when this process ends, even by kill -9.
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(started, **pipes, text=True) as process:
             for line in map(str.rstrip, process.stdout):
                 lines.append(line)
                 if line.startswith(SHOWN):

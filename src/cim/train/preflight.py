@@ -13,13 +13,10 @@ import torch
 
 from cim.captioners.models import DTYPES, load_processor, longest_prompt, skeleton
 from cim.gallery.store import read_info
-from cim.params import group
 from cim.processes import default_device
-from cim.runs import SFT_METHODS
 from cim.train import launch
 from cim.train.batches import grpo_batches, sft_batches
 from cim.train.job import Job, trainable
-from cim.train.settings import SftSettings
 
 GIB = 2**30
 UTILIZATION = 0.35  # the share of the speed of large matrix products that training a transformer usually reaches
@@ -35,7 +32,7 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
     accelerate = (params.get("compute") or {}).get("accelerate")
     processes = processes or launch.processes(accelerate)
     job = Job(run, params, artifacts, launch.configuration(accelerate).get("distributed_type", "NO"))
-    model, train, sft = job.model_settings, job.settings, job.method in SFT_METHODS
+    model, train = job.model_settings, job.settings
     prompt = longest_prompt(load_processor(model), job.images.image_paths[:8], model)
     size = model_size(job)
     adapted = f" (LoRA of rank {train.lora_rank})" if train.lora_rank else ""
@@ -45,9 +42,8 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
         f"data: {len(job.images):,} images to train on, {len(job.validation):,} held out for validation, "
         f"prompts of up to {prompt} tokens with their image",
     ]
-    if sft:
-        settings = group(SftSettings, params.get("sft"), "sft")
-        batches = sft_batches(settings, job.compute.sft_per_device, len(job.images), processes)
+    if job.sft:
+        batches = sft_batches(job.sft, job.compute.sft_per_device, len(job.images), processes)
     else:
         info = read_info(artifacts / "gallery")
         lines.append(f"gallery: {info['rows']:,} captioned images, index {info['index']['kind']}")
@@ -57,7 +53,7 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
     need = memory(job, size, batches.per_device, prompt, processes, have)
     total = sum(need.values()) * OVERHEAD
     # An update reads each token three times; in GRPO, sampling and the reference model read it once each.
-    reads = batches.updates * batches.captions * (prompt + train.max_completion) * (3 if sft else 5)
+    reads = batches.updates * batches.captions * (prompt + train.max_completion) * (3 if job.sft else 5)
     seconds = 2 * size.total * reads / (processes * flops * UTILIZATION)
     lines += [
         *batches.summary,
@@ -92,7 +88,7 @@ def memory(job: Job, size: Size, per_device: int, prompt: int, processes: int, h
     train, compute, dtype = job.settings, job.compute, job.model_settings.dtype
     each = DTYPES[dtype].itemsize
     # The KL term needs a second copy, except with LoRA, whose adapters can be switched off.
-    copies = 2 if job.method not in SFT_METHODS and train.kl > 0 and not train.lora_rank else 1
+    copies = 2 if not job.sft and train.kl > 0 and not train.lora_rank else 1
     # FSDP and ZeRO-3 divide weights, gradients and states; data parallelism copies them.
     shards = processes if job.sharded else 1
     # Two moments in float32, and DeepSpeed's copy of 16-bit weights.

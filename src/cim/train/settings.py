@@ -74,8 +74,14 @@ class TrainSettings(Length, SharedSettings):
 
 
 class SftSettings(Length):
-    """The `sft` group: supervised steps, and how cim.data.annotators writes captions where scenes are known."""
+    """The `sft` group: supervised steps, and how cim.data.annotators writes captions where scenes are known.
 
+    Attributes:
+        images: so many images of the split, drawn by the run's seed, are labelled; None for all that are not held out.
+            If it is no multiple of batch_size, the last update of each epoch has fewer captions.
+    """
+
+    images: PositiveInt | None = None
     batch_size: PositiveInt
     lr: PositiveFloat
     annotators: dict[str, float] = Field(default_factory=dict)

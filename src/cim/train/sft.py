@@ -9,11 +9,10 @@ from cim.captioners.models import chat
 from cim.data.annotators import written_captions
 from cim.data.manifest import Manifest
 from cim.files import short_digest
-from cim.params import group
 from cim.processes import processes
 from cim.train.batches import sft_batches
 from cim.train.job import Job
-from cim.train.settings import SHARED, SftSettings
+from cim.train.settings import SHARED
 
 
 def train(run: str, params: dict, artifacts: Path) -> None:
@@ -21,40 +20,39 @@ def train(run: str, params: dict, artifacts: Path) -> None:
 
     Weights that were made from the same inputs are kept.
     """
-    settings = group(SftSettings, params.get("sft"), "sft")
     job = Job(run, params, artifacts).load()
     job.train(
-        lambda folder: make_trainer(job, settings, folder),
+        lambda folder: make_trainer(job, folder),
         train=job.settings.model_dump(include=set(SHARED)),
         code=code.digest("cim.train.sft"),
-        sft=settings.model_dump(),
-        labels=short_digest(labels(job, settings, job.images)),
+        sft=job.sft.model_dump(),
+        labels=short_digest(labels(job, job.images)),
     )
 
 
-def labels(job: Job, settings: SftSettings, images: Manifest) -> list[str]:
+def labels(job: Job, images: Manifest) -> list[str]:
     """The captions that the method trains on."""
-    if job.method == "sft_perfect":
+    if job.objective == "sft_perfect":
         return images.captions
-    return written_captions(images, settings.annotators, settings.slip_rate, job.seed)
+    return written_captions(images, job.sft.annotators, job.sft.slip_rate, job.seed)
 
 
-def make_trainer(job: Job, settings: SftSettings, folder: Path) -> Any:
+def make_trainer(job: Job, folder: Path) -> Any:
     """TRL's trainer for the job; checkpoints go to `folder`."""
     from trl import SFTConfig, SFTTrainer
 
-    batches = sft_batches(settings, job.compute.sft_per_device, len(job.images), processes().num_processes)
+    batches = sft_batches(job.sft, job.compute.sft_per_device, len(job.images), processes().num_processes)
     config = partial(
         SFTConfig,
         per_device_eval_batch_size=batches.per_device,
-        learning_rate=settings.lr,
+        learning_rate=job.sft.lr,
         lr_scheduler_type="cosine",
         warmup_steps=min(5, batches.updates),
         max_length=None,
     )
 
     def columns(images: Manifest) -> dict[str, list]:
-        captions = labels(job, settings, images)
+        captions = labels(job, images)
         answers = [[{"role": "assistant", "content": [{"type": "text", "text": caption}]}] for caption in captions]
         return {"prompt": [chat(job.model_settings.prompt)] * len(images), "completion": answers}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from cim.errors import CimError
+from cim.files import explained
 from cim.world.scenes import Scene
 from cim.world.vocabulary import COLOURS
 
@@ -31,10 +31,8 @@ class Painter:
 
     def _load(self, name: str, colour: str, size: str) -> Image.Image:
         path = self._drawings / f"{name}.png"
-        try:
+        with explained(f"{path}: cannot be read", "run 'cim data' to draw it again", OSError):
             art = Image.open(path).convert("RGBA")
-        except OSError as error:
-            raise CimError(f"{path}: cannot be read ({error}); run 'cim data' to draw it again") from None
         shadow, mid, highlight = COLOURS[colour]
         tinted = ImageOps.colorize(ImageOps.autocontrast(art.convert("L")), shadow, highlight, mid).convert("RGBA")
         tinted.putalpha(art.getchannel("A"))

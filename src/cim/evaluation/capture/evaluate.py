@@ -13,11 +13,10 @@ from cim.evaluation.capture.matching import MODES, Encode, Sample, Similarity, r
 from cim.evaluation.capture.parsers import Parser
 from cim.evaluation.capture.readers import AlwaysYes, Reader, question_scores, read_all
 from cim.evaluation.capture.synonyms import WordNet
-from cim.evaluation.statistics import Bootstrap, Estimate, holm, kendall, kendall_within, paired_permutation, ratio
+from cim.evaluation.statistics import Bootstrap, Estimate, holm, kendall, kendall_within, ratio
 
 RETRIEVAL = ("grc", "qir", "cim")
 QUALITY = ("capture", "object_f1", "attribute_f1", "relation_f1", "relation_recall")
-PERMUTATIONS = 10_000  # at least: the smallest p is one in so many, and is multiplied by the number of tests
 RARE = 10  # a relation that fewer references state is not listed by itself
 
 Captions = Mapping[str, Mapping[int, Mapping[str, str]]]  # method -> seed -> image -> caption
@@ -89,7 +88,7 @@ def evaluate(
         "seed": seed,
         "seeds": seeds,
         "methods": {method: {} for method in seeds},
-        "comparisons": _comparisons(list(seeds), fields, values, means, rng, max(resamples, PERMUTATIONS)),
+        "comparisons": _comparisons(list(seeds), fields, values, means),
         "relations": _by_relation(samples, seeds, similarity, bootstrap),
     }
     for (method, mode), cells in means.items():
@@ -134,10 +133,8 @@ def _means(bootstrap: Bootstrap, method: str, values: np.ndarray, fields: Sequen
     )
 
 
-def _comparisons(
-    methods: Sequence[str], fields: Sequence[str], values: Mapping, means: Mapping, rng: np.random.Generator, draws: int
-) -> list[dict]:
-    """How each method differs from the first, paired by image; a method counts with its mean over seeds."""
+def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping, means: Mapping) -> list[dict]:
+    """How each method differs from the first, paired by image; intervals and p know of images and seeds."""
     first, *others = methods
     rows = []
     for method, mode in product(others, MODES):
@@ -149,17 +146,18 @@ def _comparisons(
             difference = difference[~np.isnan(difference)]
             if not len(difference):
                 continue
-            mean, spread = difference.mean(), difference.std(ddof=1) if len(difference) > 1 else 0.0
+            spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+            estimate = means[method, mode][field] - means[first, mode][field]
             rows.append(
                 {
                     "method": method,
                     "against": first,
                     "mode": mode,
                     "field": field,
-                    "difference": float(mean),
-                    "interval": (means[method, mode][field] - means[first, mode][field]).cell()["interval"],
-                    "effect": float(mean / spread) if spread else 0.0,  # Cohen's d of the paired differences
-                    "p": paired_permutation(difference, rng, draws),
+                    "difference": float(estimate.value),
+                    "interval": estimate.cell()["interval"],
+                    "effect": float(difference.mean() / spread) if spread else 0.0,  # Cohen's d, paired by image
+                    "p": estimate.p() if len(difference) > 1 else 1.0,
                     "images": len(difference),
                 }
             )

@@ -3,11 +3,8 @@
 Both lemmatise with WordNet, as the public code does, so that "birds" and "bird" are one object.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -21,6 +18,7 @@ from cim.encoders import weights_digest
 from cim.errors import CimError
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.capture.synonyms import WordNet
+from cim.files import read_json, short_digest, write_json
 
 FACTUAL = "lizhuang144/flan-t5-base-VG-factual-sg"
 CACHE = Path(".cache/parses")
@@ -50,13 +48,11 @@ class FactualParser:
     def __init__(self, wordnet: WordNet, checkpoint: str = FACTUAL, device: str = "cpu", batch: int = 64):
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-        from cim.captioners.models import why_not_loaded
+        from cim.captioners.models import loading
 
-        try:
+        with loading(f"parser factual: '{checkpoint}'"):
             self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
             self._model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).to(device).eval()
-        except (OSError, ValueError) as error:
-            raise CimError(f"parser factual: '{checkpoint}' could not be loaded: {why_not_loaded(error)}") from None
         self.name, self._wordnet, self._batch = f"factual:{checkpoint}", wordnet, batch
         revision = getattr(self._model.config, "_commit_hash", None)
         self.version = f"{self.name} {revision} {weights_digest(self._model)} {wordnet.source} {code.digest(__name__)}"
@@ -217,23 +213,16 @@ class CachedParser:
 
     def __init__(self, parser: Parser, version: str, folder: Path):
         self.name, self._parser = parser.name, parser
-        self._path = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.jsonl"
-        self._known: dict[str, SceneGraph] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ():
-            with suppress(ValueError):  # an interruption may have cut the line short
-                caption, graph = json.loads(line)
-                self._known[caption] = SceneGraph.of(graph)
+        self._path = folder / f"{short_digest(version)}.json"
+        self._known = read_json(self._path) if self._path.is_file() else {}
 
     def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(new), 256):  # in pieces, so that an interruption loses little
             piece = new[start : start + 256]
-            graphs = dict(zip(piece, self._parser.parse(piece), strict=True))
-            with self._path.open("a", encoding="utf-8") as lines:
-                lines.writelines(f"{json.dumps([caption, asdict(graph)])}\n" for caption, graph in graphs.items())
-            self._known |= graphs
-        return [self._known[caption] for caption in captions]
+            self._known |= zip(piece, map(asdict, self._parser.parse(piece)), strict=True)
+            write_json(self._path, self._known, indent=None)
+        return [SceneGraph.of(self._known[caption]) for caption in captions]
 
 
 def load_parser(name: str, wordnet: WordNet | None, device: str = "cpu", cache: Path = CACHE) -> Parser:

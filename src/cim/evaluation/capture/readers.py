@@ -9,7 +9,7 @@ import pandas as pd
 import requests
 from tqdm import tqdm
 
-from cim.captioners.models import why_not_loaded
+from cim.captioners.models import loading
 from cim.errors import CimError
 from cim.processes import default_device
 
@@ -58,10 +58,8 @@ class TransformersReader:
     def __init__(self, model: str, device: str | None = None, batch: int = 32, max_new_tokens: int = 8):
         from transformers import pipeline
 
-        try:
+        with loading(f"reader '{model}'"):
             self._generate = pipeline("text-generation", model, dtype="auto", device=device or default_device())
-        except (OSError, ValueError) as error:
-            raise CimError(f"reader '{model}' could not be loaded: {why_not_loaded(error)}") from None
         if self._generate.tokenizer.pad_token is None:
             self._generate.tokenizer.pad_token = self._generate.tokenizer.eos_token
         self.name = f"transformers:{model}"

@@ -1,0 +1,124 @@
+"""Several captions of one image: how much of what they say one of them says, and how often they contradict."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from cim.evaluation.capture.graphs import SceneGraph
+from cim.evaluation.statistics import Bootstrap, ratio, with_interval
+
+# Attributes of one kind exclude each other, unless they mean the same: kind -> meaning -> words.
+KINDS = {
+    "colour": {
+        "black": "black", "white": "white", "gray": "gray grey silver", "red": "red", "orange": "orange",
+        "yellow": "yellow golden gold blond blonde", "brown": "brown tan beige", "green": "green", "blue": "blue",
+        "purple": "purple violet", "pink": "pink",
+    },
+    "size": {"small": "small little tiny", "large": "large big huge giant"},
+    "number": {
+        "2": "2 two", "3": "3 three", "4": "4 four", "5": "5 five", "6": "6 six", "7": "7 seven", "8": "8 eight",
+        "9": "9 nine", "10": "10 ten", "11": "11 eleven", "12": "12 twelve",
+    },
+}  # fmt: skip
+MEANING = {
+    word: (kind, meaning)
+    for kind, meanings in KINDS.items()
+    for meaning, words in meanings.items()
+    for word in words.split()
+}
+
+
+def said_by_one(
+    graphs: Sequence[Sequence[SceneGraph]], alike: Callable[[str, str], bool] | None = None
+) -> pd.DataFrame:
+    """How much of what all captions of an image say one of them says, and how often they contradict each other.
+
+    The facts of a graph are its objects, (object, attribute) pairs and relations. Two captions *compare* where both
+    give the same object an attribute of the same kind (colour, size, number), and *contradict* where they then share
+    none: "a red car" contradicts "a blue car" and not "a red and blue car". Where an image has several objects of a
+    name, captions may mean different ones, so this is the most that they can contradict.
+
+    Args:
+        graphs: of each image those of its captions.
+        alike: whether two names mean one object; None for equal names only.
+
+    Returns:
+        One row an image: `object_share` and `fact_share` (mean over captions of the share of the union; 0 where the
+        union is empty), `any_object` and `any_fact` (1, or 0 where it is), and the numbers `compared` and
+        `contradicted`, over all pairs of captions, objects and kinds.
+    """
+    return pd.DataFrame([_said_by_one(_renamed(own, alike)) for own in graphs])
+
+
+def _renamed(graphs: Sequence[SceneGraph], alike: Callable[[str, str], bool] | None) -> Sequence[SceneGraph]:
+    """The graphs with one name, the first, for objects that are alike."""
+    if alike is None:
+        return graphs
+    names: dict[str, str] = {}
+    for name in (name for graph in graphs for name in graph.objects):
+        if name not in names:
+            names[name] = next((kept for kept in names.values() if alike(name, kept)), name)
+    out = []
+    for graph in graphs:
+        attributes: dict[str, dict[str, None]] = {}
+        for name, words in graph.attributes.items():
+            attributes.setdefault(names.get(name, name), {}).update(dict.fromkeys(words))
+        relations = dict.fromkeys((names.get(a, a), relation, names.get(b, b)) for a, relation, b in graph.relations)
+        objects = dict.fromkeys(names[name] for name in graph.objects)
+        out.append(SceneGraph.of({"objects": objects, "attributes": attributes, "relations": relations}))
+    return out
+
+
+def _said_by_one(graphs: Sequence[SceneGraph]) -> dict[str, float]:
+    objects = [set(graph.objects) for graph in graphs]
+    facts = [
+        {
+            *graph.objects,
+            *graph.relations,
+            *((name, word) for name, words in graph.attributes.items() for word in words),
+        }
+        for graph in graphs
+    ]
+    row: dict[str, float] = {}
+    for name, stated in (("object", objects), ("fact", facts)):
+        union = set().union(*stated)
+        row |= {f"{name}_share": np.mean([len(own) for own in stated]) / max(1, len(union)), f"any_{name}": bool(union)}
+    meant = []  # of a caption: (object, kind) -> meanings
+    for graph in graphs:
+        meant.append(own := {})
+        for name, words in graph.attributes.items():
+            for kind, meaning in (MEANING[word] for word in words if word in MEANING):
+                own.setdefault((name, kind), set()).add(meaning)
+    disjoint = [a[key].isdisjoint(b[key]) for a, b in combinations(meant, 2) for key in a.keys() & b.keys()]
+    return {**row, "compared": len(disjoint), "contradicted": sum(disjoint)}
+
+
+def one_annotator(said: pd.DataFrame, seed: int, resamples: int) -> dict[str, dict]:
+    """Means over images of said_by_one's shares of `objects` and `facts`, and of all comparisons the share of
+    `contradictions`, as cells with 95 % intervals over images; NaN where there is nothing to divide by."""
+
+    def metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+        totals = dict(zip(said.columns, sums.T, strict=True))
+        return {
+            "objects": ratio(totals["object_share"], totals["any_object"]),
+            "facts": ratio(totals["fact_share"], totals["any_fact"]),
+            "contradictions": ratio(totals["contradicted"], totals["compared"]),
+        }
+
+    bootstrap = Bootstrap(len(said), {"": 1}, resamples, np.random.default_rng(seed))
+    found = bootstrap.estimates("", said.to_numpy(float)[None], metrics)
+    return {name: estimate.cell() for name, estimate in found.items()}
+
+
+def one_annotator_text(one: Mapping[str, Mapping[str, Mapping]]) -> str:
+    """One sentence on the cells of `one_annotator`, by the annotators' name."""
+
+    def each(what: str) -> str:
+        return ", ".join(f"{with_interval(cells[what])} % ({name})" for name, cells in one.items())
+
+    return (
+        f"Of all facts that the captions of an image state, one caption states {each('facts')}. Where two captions "
+        f"give an object a colour, size or number, they contradict each other in {each('contradictions')}."
+    )
