@@ -180,13 +180,30 @@ def smolvlm() -> tuple:
     return tf.SmolVLMForConditionalGeneration(config), processor
 
 
+def mllama() -> tuple:
+    """Llama 3.2 Vision: images per sample, read through cross-attention. Not one of STANDINS: TRL's GRPO cannot train it."""
+    template = CHATML % "<|image|>"
+    words = tokenizer("<|im_end|>", "<|im_start|>", "<|image|>", "<|python_tag|>", template=template)
+    words.bos_token = "<|im_start|>"
+    images = tf.MllamaImageProcessor(size={"height": 56, "width": 56}, max_image_tiles=4)
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_global_layers": 1,
+        "attention_heads": HEADS, "vision_output_dim": 2 * WIDTH, "image_size": 56, "intermediate_layers_indices": [0],
+    }  # fmt: skip
+    text = {**text_shape(words), "cross_attention_layers": [1], "bos_token_id": words.bos_token_id}
+    config = tf.MllamaConfig(
+        vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<|image|>")
+    )
+    return tf.MllamaForConditionalGeneration(config), tf.MllamaProcessor(images, words, chat_template=template)
+
+
 STANDINS = {make.__name__: make for make in (llava, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, smolvlm)}
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write one of STANDINS to a folder."""
+    """Write the model of one of the functions above to a folder."""
     torch.manual_seed(0)
-    model, processor = STANDINS[name]()
+    model, processor = globals()[name]()
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cim.data.labels import load_labels, read_captions, sentences_of
 from cim.encoders import load_text_encoder
 from cim.errors import CimError
-from cim.evaluation.capture import parsers
+from cim.evaluation.capture import parsers, synonyms
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.capture.matching import MODES, Sample, Similarity, paper_match, score, strict_match
 from cim.evaluation.capture.parsers import CachedParser, PatternParser, WorldParser, load_parser
@@ -312,6 +312,21 @@ def test_synonyms_come_from_wordnet(wordnet):
     assert wordnet.synonyms("no such word at all") == frozenset()
     assert wordnet.lemma("women", "n") == "woman"
     assert "WordNet 3" in wordnet.source
+
+
+def test_a_workspace_finds_the_wordnet_of_its_repository(wordnet, monkeypatch, tmp_path):
+    made = tmp_path / synonyms.MADE
+    made.parent.mkdir(parents=True)
+    asked = os.environ.get("CIM_WORDNET")
+    found = asked or next((f for f in synonyms.FOLDERS if (f / "data.noun").is_file()), None)
+    if found is None:
+        pytest.skip("WordNet is in NLTK's data")
+    made.symlink_to(Path(found).resolve())
+    (tmp_path / "runs/x").mkdir(parents=True)
+    monkeypatch.delenv("CIM_WORDNET", raising=False)
+    monkeypatch.setattr(synonyms, "FOLDERS", synonyms.FOLDERS[1:])
+    monkeypatch.chdir(tmp_path / "runs/x")
+    assert load_wordnet().alike("sofa", "couch")
 
 
 def test_no_wordnet_is_one_clear_error(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import shutil
 import tarfile
 import tracemalloc
@@ -20,14 +21,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cim import encoders, files, score_files, scorer
 from cim.cli.__main__ import main
-from cim.data import downloads
+from cim.data import downloads, flickr8k, sc_captioner
 from cim.data.labels import read_captions
+from cim.errors import CimError
 from cim.evaluation import facts
 from cim.gallery import build, shards
 from cim.gallery.settings import BuildSettings
 from cim.gallery.shards import Record, Shard, shards_of
 from cim.gallery.store import load_gallery
 from cim.images import open_image, read_stored
+from conftest import ROOT
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "cyan", "magenta")
 
@@ -695,3 +698,63 @@ def test_judgements_without_rows(base, tmp_path, capsys, benchmark, content):
     ]
     assert str(tmp_path) in error_of(capsys, "judge", *options)
     assert not (tmp_path / "out.json").exists()
+
+
+PARAMETERS = [
+    (b"", "should hold named groups"),
+    (b"- 1\n", "should hold named groups"),
+    (b"a: [1\n", "not valid YAML"),
+    (b"a: \xe9\n", "not utf-8"),
+    (("  steps: 70\n", "  steps: abc\n"), "'train.steps' should be a valid integer, not 'abc'"),
+    (("\nreward:\n", "\nrewards:\n"), "group 'reward' is missing"),
+    (("\ncompute:\n", "\ncompute: 3\nx:\n"), "group 'compute' is missing or not a mapping"),
+    (("  beta: 1.0\n", "  beta: .inf\n"), "reward.beta' should be a finite number"),
+]
+
+
+@pytest.mark.parametrize("stage", ["dataset", "gallery", "evaluate"])
+@pytest.mark.parametrize(("change", "says"), PARAMETERS, ids=[says for _, says in PARAMETERS])
+def test_parameters_of_any_stage(tmp_path, capsys, monkeypatch, stage, change, says):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(change, tuple):
+        whole = (ROOT / "params.yaml").read_text()
+        assert change[0] in whole
+        change = whole.replace(*change).encode()
+    (tmp_path / "params.yaml").write_bytes(change)
+    assert says in error_of(capsys, "run", stage)
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_a_pipeline_outside_git(tmp_path, capsys, monkeypatch):
+    """A zip download of the repository has no .git."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for name in ("conf", "params.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert "needs a git checkout" in error_of(capsys, "pipeline", tmp_path / "new", "-S", "profile=smoke")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_in_a_listing(base, tmp_path, mark):
+    shutil.copytree(base / "images", tmp_path / "Images")
+    (tmp_path / "captions.txt").write_text(f"{mark}image,caption\nred.png,a red square\n", encoding="utf-8")
+    frame, root = flickr8k.read(tmp_path, None, 0, 0, 0)
+    assert frame[["image", "caption"]].to_numpy().tolist() == [["red.png", "a red square"]]
+    assert root == tmp_path / "Images"
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ("coco/gone.png", "gone.png"),
+        ("coco/../../gone.png", "gone.png"),
+        ("", "images"),
+        ("a\u0000.png", "a\u0000.png"),
+    ],
+)
+def test_missing_images_of_a_listing_stop_stage_dataset(base, tmp_path, image, says):
+    entry = {"conversations": [{"value": "Caption this."}, {"value": "a red square"}], "images": [image]}
+    (tmp_path / sc_captioner.TRAIN_FILE).write_text(json.dumps([entry]))
+    with pytest.raises(CimError, match=re.escape(says)):
+        sc_captioner.read(tmp_path, str(base / "images"), 0, 0, 0)

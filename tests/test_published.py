@@ -274,6 +274,19 @@ def test_captions_do_not_depend_on_their_batch(standin, prepared):
     assert caption_images(model, processor, test, settings, 6, batch=1, progress=False) == together
 
 
+def test_a_class_whose_inputs_trl_drops_captions_and_is_refused_for_training(
+    workspace, published, encoder_folder, encoders, monkeypatch
+):
+    """Mllama, whose processor wants the images of each sample in a list of their own; each sample has one."""
+    monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)
+    params = paper(published, encoder_folder, standins.write("mllama", workspace / "model"))
+    with pytest.raises(CimError, match="drops its inputs aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask"):
+        train("cim-0", params)
+    settings = group(ModelSettings, params["model"], "model")
+    test = read_manifest(Path("artifacts/dataset/manifest.parquet")).split("cocoln500")
+    assert len(caption_images(*load_model(settings, torch.device("cpu")), test, settings, 6, progress=False)) == 4
+
+
 def test_what_grpo_samples_from_and_learns_from(standin, workspace, published, encoder_folder, encoders, monkeypatch):
     """Prompts padded on the left and whole, images as evaluation sees them, no placeholder of an image in a caption."""
     monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -156,19 +157,30 @@ def test_gradient_checkpointing_changes_no_adapter(workspace):
 
 
 def test_two_processes_give_the_rewards_and_advantages_of_one(workspace, monkeypatch):
-    """Of the same batch; with six captions each, the second of three groups of four lies in both processes."""
+    """Started as on two machines; with six captions each, the second of three groups of four lies in both processes."""
     # give_captions replaces it, in this process too: the next test must find it as it was.
     monkeypatch.setattr(GenerationMixin, "generate", GenerationMixin.generate)
     change(train={"steps": 1, "images_per_step": 3, "group_size": 4, "max_completion": 12})
     for name in ("one", "two"):
         Path(name).mkdir()
     two_processes.main(Path("one"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / "tests" / "two_processes.py"), "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2",
+        "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    script = [str(ROOT / "tests" / "two_processes.py"), "two"]
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine_rank", rank, *script], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    errors = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors[0][-2000:]
     (one,), two = (
         [pd.DataFrame(json.loads(p.read_text())) for p in sorted(Path(d).glob("*.json"))] for d in ("one", "two")
     )

@@ -171,9 +171,15 @@ def test_the_manifest_of_the_world(world):
 def test_a_data_set_without_test_scenes(raw_data, tmp_path):
     from cim.data.dataset import DatasetSettings, make_dataset
     from cim.data.manifest import read_manifest
+    from cim.errors import CimError
 
     settings = DatasetSettings(source="world", folder=str(raw_data), pretrain=2)
-    assert len(read_manifest(make_dataset(settings, tmp_path / "d"))) == 2
+    made = make_dataset(settings, tmp_path / "d")
+    assert len(read_manifest(made)) == 2
+    # One that fails costs nothing.
+    with pytest.raises(CimError):
+        make_dataset(settings.model_copy(update={"folder": str(tmp_path / "none")}), tmp_path / "d")
+    assert all(path.is_file() for path in read_manifest(made).image_paths)
 
 
 def test_missing_drawings_are_named(tmp_path):

@@ -1,6 +1,6 @@
 """Training in several processes of a CPU, with captions that are given, not sampled, so that they do not depend on them.
 
-Called by test_training.py, or started by torchrun, one GRPO batch; writes RANK.json: each caption of this process with
+Called by test_training.py, or started by accelerate, one GRPO batch; writes RANK.json: each caption of this process with
 its image, reward and advantage.
 """
 

@@ -44,13 +44,19 @@ class DatasetSettings(Settings):
 
 
 def make_dataset(settings: DatasetSettings, out: Path) -> Path:
-    """Write the manifest, and for the world its images, to `out`; return the manifest's path."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    frame, root = SOURCES[settings.source](settings, out)
+    """Write the manifest, and for the world its images, to `out`; return the manifest's path.
+
+    A data set that was there is replaced once the new one is complete.
+    """
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    frame, root = SOURCES[settings.source](settings, aside)
     counts = ", ".join(f"{count:,} images in split {split}" for split, count in frame["split"].value_counts().items())
     print(f"dataset: {counts}", flush=True)
-    write_manifest(with_digests(frame, root), out / "manifest.parquet", root if root != out else None)
+    write_manifest(with_digests(frame, root), aside / "manifest.parquet", root if root != aside else None)
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
     return out / "manifest.parquet"
 
 

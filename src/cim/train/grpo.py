@@ -1,14 +1,18 @@
 """GRPO with a retrieval reward."""
 
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cim import code
+from cim.captioners.models import prompt_inputs
 from cim.data.manifest import Manifest
+from cim.errors import CimError
 from cim.gallery.store import read_info
+from cim.images import open_image
 from cim.params import EncoderSettings, group
 from cim.processes import processes
 from cim.rewards import RewardSettings
@@ -52,6 +56,7 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     settings, model = job.settings, job.model_settings
+    refuse_unknown_inputs(job, GRPOTrainer)
     batches = grpo_batches(settings, job.compute.per_device, len(job.images), processes().num_processes)
     config = partial(
         GRPOConfig,
@@ -83,6 +88,17 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         reward = Guarded(reward, settings, set(np.hstack([end for end in ends if end is not None])))
     reward = SampleLog(reward, folder / SAMPLES, set(job.images.frame["image_id"]))
     return job.trainer(GRPOTrainer, folder, batches, columns, "eval_reward", config, reward_funcs=reward)
+
+
+def refuse_unknown_inputs(job: Job, trainer: type) -> None:
+    """Refuse a model whose processor gives inputs that TRL's trainer drops, such as the aspect ratios of Mllama."""
+    given = prompt_inputs(job.processor, [open_image(job.images.image_paths[0])], job.model_settings)
+    taken = signature(trainer._get_per_token_logps_and_entropies).parameters
+    if unknown := sorted(set(given) - set(taken)):
+        raise CimError(
+            f"model '{job.model_settings.name}': TRL's GRPO drops its inputs {', '.join(unknown)}; "
+            "choose another model (stage captions can still caption with this one)"
+        )
 
 
 def never_sampled(config: Any, compute: ComputeSettings) -> dict[str, Any]:

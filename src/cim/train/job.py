@@ -75,7 +75,9 @@ class Job:
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
         check_possible(self.settings, self.compute, self.model_settings, self.distributed)
-        self.images, self.validation = training_images(artifacts, self.settings, self.sft and self.sft.images, self.seed)
+        self.images, self.validation = training_images(
+            artifacts, self.settings, self.sft and self.sft.images, self.seed
+        )
         self.out = artifacts / "train" / run
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         self.checkpoints = artifacts / "checkpoints" / run

@@ -15,7 +15,8 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from cim.errors import CimError
 
 PARTS = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}  # of speech, by WordNet's numbers
-FOLDERS = (Path("/usr/share/wordnet"), Path(".wordnet/usr/share/wordnet"))
+MADE = ".wordnet/usr/share/wordnet"  # by `make wordnet`, in the repository: runs/NAME is two levels below it
+FOLDERS = (Path("/usr/share/wordnet"), Path(MADE), Path("../..", MADE))
 
 
 class _FolderReader(WordNetCorpusReader):
@@ -93,6 +94,6 @@ def load_wordnet() -> WordNet:
                 reader = _FolderReader(root, omw_reader=None)
             return WordNet(reader, f"WordNet {reader.get_version()} in {folder}")
     raise CimError(
-        f"no WordNet in {asked or 'the NLTK data or ' + ' or '.join(map(str, FOLDERS))}: run 'make wordnet', or "
+        f"no WordNet in {asked or 'the NLTK data or ' + ' or '.join(map(str, FOLDERS[:2]))}: run 'make wordnet', or "
         "python -m nltk.downloader wordnet, or set CIM_WORDNET to a folder with data.noun and index.sense"
     )
