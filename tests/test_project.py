@@ -172,7 +172,7 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
             f"the base model has {strict('base')}, CIM {strict('cim')}, SFT {strict('sft')}",
             f"GRC {steps(world, 'fineness', 'grc')} by fineness and {steps(world, 'accuracy', 'grc')} by accuracy",
             f"QIR {steps(world, 'fineness', 'qir')} and {steps(world, 'accuracy', 'qir')}",
-            f"GRC rises over {steps(photos, 'fineness', 'grc')} by fineness and {steps(photos, 'accuracy', 'grc')} by accuracy",
+            f"GRC rises over {steps(photos, 'fineness', 'grc')} steps by fineness and {steps(photos, 'accuracy', 'grc')} by accuracy",
             f"QIR over {steps(photos, 'fineness', 'qir')} and {steps(photos, 'accuracy', 'qir')}",
         ],
     }
