@@ -2,8 +2,8 @@
 # make test        set up and run all tests; make test-fast leaves out what trains or runs the pipeline
 # make lab         set up and open JupyterLab on the notebooks
 # make site        the executed notebooks as web pages in site/
-# make photos DATA=folder   Flickr8k: the reward against people's judgements (10 minutes)
-# make photos-train DATA=folder   Flickr8k: a captioner for photos, trained with the published and the calibrated reward
+# make photos DATA=folder   Flickr8k: the reward against people's judgements (a quarter of an hour)
+# make photos-train DATA=folder   Flickr8k: a captioner for photos, trained with the published and the calibrated reward (2 hours)
 #   both take further settings: SETTINGS="-S evaluate.identification=folder"
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
 # make labels      SFT by the number, thoroughness and errors of its labels, against CIM without labels
