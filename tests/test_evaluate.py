@@ -508,6 +508,19 @@ def test_a_claim_is_judged_by_the_interval_of_the_paired_difference(results, int
     assert f"{100 * interval[0]:+.1f}" in claim["measured"]
 
 
+def test_a_difference_that_is_undefined_leaves_a_claim_open(results):
+    """Where a short run states nothing, metrics files hold null."""
+    facts, capture, correlation = results
+    undefined = {"value": None, "interval": [None, None], "gain": None, "gain_interval": [None, None]}
+    cim = facts["methods"]["cim"] | {"against": {"sft": {"all_f1": undefined}}}
+    cim["metrics"] = dict.fromkeys(cim["metrics"], undefined)
+    methods = {method: cim if method == "cim" else own for method, own in facts["methods"].items()}
+    claims = {c["claim"]: c for c in findings.claims(correlation, facts | {"methods": methods}, capture)}
+    for claim in ("relation recall, counted, gains at least 20 % relative", "object precision, counted, does not fall"):
+        assert claims[claim]["verdict"] == "undecided"
+        assert "n/a" in claims[claim]["measured"]
+
+
 def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     results = tmp_path / "results"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cim.evaluation.statistics import with_interval
@@ -78,8 +79,8 @@ def _rises(steps: int, up: int, down: int, **_: Any) -> str:
 
 
 def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
-    """What a 95 % interval says of a difference being above `at_least`: yes, no, or undecided where it is in it."""
-    low, high = interval
+    """What a 95 % interval says of a difference being above `at_least`: yes, no or undecided, as where it is null."""
+    low, high = _numbers(interval)
     return "yes" if low > at_least else "no" if high < at_least else UNDECIDED
 
 
@@ -101,8 +102,8 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
         for name, title in (("relation_recall", "relation recall"), ("qa_accuracy", "questions answered")):
             claim = f"CIM beats its base on {title}, counted"
             rows.append((claim, _change(counted, "cim", name), verdict(cim[name]["gain_interval"])))
-        gain, relative = cim["relation_recall"], [bound / base for bound in cim["relation_recall"]["gain_interval"]]
-        measured = with_interval({"value": gain["gain"] / base, "interval": relative}, digits=0) + " %"
+        gain, relative = cim["relation_recall"], _numbers(cim["relation_recall"]["gain_interval"]) / base
+        measured = with_interval({"value": _numbers(gain["gain"]) / base, "interval": relative}, digits=0) + " %"
         rows.append(("relation recall, counted, gains at least 20 % relative", measured, verdict(relative, 0.2)))
         for name in PRECISION:
             claim, low = f"{name.replace('_', ' ')}, counted, does not fall", cim[name]["gain_interval"][0]
@@ -118,8 +119,15 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
 
 def _signed(value: float, interval: Sequence[float]) -> str:
     """A paired difference, in percentage points."""
+    if any(map(pd.isna, (value, *interval))):
+        return "n/a"
     low, high = interval
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """Of a metrics file, where null is an undefined number."""
+    return np.array(values, dtype=float)
 
 
 def correlation_findings(correlation: Mapping) -> str:
