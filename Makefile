@@ -7,6 +7,8 @@
 #   both take further settings: SETTINGS="-S evaluate.identification=folder"
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
 # make labels      SFT by the number, thoroughness and errors of its labels, against CIM without labels
+# make ablation    settings of the reward and text towers of its rivals, as scores and as rewards
+# make weak        training from a weak base model, with guards and without
 # make smoke       every stage on a small scale, in a folder of its own (a few minutes)
 # make benchmarks  speed and memory, beside the public way of computing the reward (about half an hour)
 # make wordnet     Debian's WordNet 3.0 in .wordnet, for cim evaluate (or have NLTK's)
@@ -24,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2
 
-.PHONY: repro test test-fast lab site photos photos-train study labels smoke benchmarks wordnet chromium lint data clean
+.PHONY: repro test test-fast lab site photos photos-train study labels ablation weak smoke benchmarks wordnet chromium lint data clean
 
 SETUP := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -67,6 +69,12 @@ study: $(SETUP)
 
 labels: $(SETUP)
 	cim pipeline runs/labels labels -S profile=labels --publish results/labels-study
+
+ablation: $(SETUP)
+	cim pipeline runs/ablation ablation samples -S profile=ablation --publish results/ablation-study
+
+weak: $(SETUP)
+	cim pipeline runs/weak ablation -S profile=weak --publish results/weak-study
 
 smoke: $(SETUP)
 	cim pipeline runs/smoke -S profile=smoke

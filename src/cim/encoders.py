@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -127,6 +128,16 @@ class ImageEncoder:
         parts = [self._normalized(self._embed_text, list(texts[i : i + self.batch_size])) for i in starts]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
+    def read_by(self, other: Self) -> None:
+        """Embed text by the text tower of another encoder; CimError where that one embeds images differently."""
+        probe = [Image.new("RGB", (64, 64), "teal")]
+        if other.dim != self.dim or not np.allclose(self.encode(probe), other.encode(probe), atol=1e-3):
+            raise CimError(
+                f"parameters: encoders.text_tower: '{other.spec}' embeds images otherwise than encoders.image "
+                f"'{self.spec}'; name one with the same image tower"
+            )
+        self._embed_text, self.reads_text = other._embed_text, other.reads_text
+
     @torch.inference_mode()
     def _normalized(self, embed: Callable, inputs) -> np.ndarray:
         return torch.nn.functional.normalize(embed(inputs).float(), dim=-1).cpu().numpy()
@@ -141,7 +152,11 @@ def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Imag
 def load_encoders(settings: EncoderSettings) -> tuple[TextEncoder, ImageEncoder]:
     """Both encoders of the `encoders` group."""
     text = load_text_encoder(settings.text, settings.text_batch, precision=settings.text_precision)
-    return text, load_image_encoder(settings.image, settings.image_batch, precision=settings.image_precision)
+    options = {"batch_size": settings.image_batch, "precision": settings.image_precision}
+    image = load_image_encoder(settings.image, **options)
+    if settings.text_tower:
+        image.read_by(load_image_encoder(settings.text_tower, **options))
+    return text, image
 
 
 def load_text_encoder(

@@ -26,10 +26,15 @@ class EncoderSettings(Settings):
     """The `encoders` group: which text and image encoder, how many inputs at once, and their precision.
 
     Here, and not in cim.encoders, so that checking parameters imports no PyTorch.
+
+    Attributes:
+        text_tower: an image encoder's name; CLIPScore and self-retrieval read captions by its text tower. None for that
+            of `image`, whose image tower it must share.
     """
 
     text: str
     image: str
+    text_tower: str | None = None
     text_batch: PositiveInt = 32
     image_batch: PositiveInt = 128
     # bfloat16 is used only where the hardware computes in it, else float32.

@@ -37,22 +37,22 @@ def parse_run(run: str) -> tuple[str, int]:
 def with_variant(params: dict[str, Any], method: str) -> tuple[dict[str, Any], str]:
     """The parameters of a run of this method, and the reward or SFT method that it trains with.
 
-    The `variants` group names methods of its own: CIM with other values in groups `reward` and `train`, or SFT with
-    other values in group `sft`.
+    The `variants` group names methods of its own: CIM, or the reward that `of` names, with other values in groups
+    `reward`, `train` and `encoders`, or SFT with other values in group `sft`.
 
     Raises:
         CimError: for an unknown method, or a variant that changes other groups or has a known method's name.
     """
     variants, known = params.get("variants") or {}, (*REWARDS, *SFT_METHODS, ON_SFT)
     for name, groups in variants.items():
-        if name in known or not (set(groups) <= {"reward", "train"} or set(groups) == {"sft"}):
+        if name in known or not (set(groups) <= {"of", "reward", "train", "encoders"} or set(groups) == {"sft"}):
             raise CimError(
-                f"parameters: variants.{name} needs a name of its own, and can change either groups reward and train "
-                "(CIM) or group sft (SFT), not both"
+                f"parameters: variants.{name} needs a name of its own, and can change either groups reward, train and "
+                "encoders (CIM, or the reward that `of` names) or group sft (SFT), not both"
             )
     if method in variants:
-        changed = {name: params[name] | values for name, values in variants[method].items()}
-        return params | changed, "sft" if "sft" in changed else "cim"
+        changed = {name: params[name] | values for name, values in variants[method].items() if name != "of"}
+        return params | changed, "sft" if "sft" in changed else variants[method].get("of", "cim")
     if method not in known:
         raise CimError(f"method '{method}' is unknown; choose one of {', '.join((*known, *variants))}")
     return params, "cim" if method == ON_SFT else method

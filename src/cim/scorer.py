@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -31,9 +30,9 @@ class Scorer:
         self._gallery_images: np.ndarray | None = None  # all of them
         self._compared: np.ndarray | None = None  # all of them, transformed
 
-    def at(self, settings: RewardSettings) -> Self:
-        """The same scorer, with its source images, at other settings of the reward."""
-        other = type(self)(self.gallery, self.text, self.image, settings)
+    def at(self, settings: RewardSettings, kind: type["Scorer"] | None = None) -> "Scorer":
+        """The same scorer, with its source images, at other settings of the reward, and of another kind where given."""
+        other = (kind or type(self))(self.gallery, self.text, self.image, settings)
         other._sources, other._copies = self._sources, self._copies
         return other
 

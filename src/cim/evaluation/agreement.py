@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
 from cim.evaluation.settings import Setting
-from cim.evaluation.statistics import kendall, kendall_within, with_interval
+from cim.evaluation.statistics import kendall, kendall_within, side, with_interval
 from cim.gallery.transform import ImageTransform
 from cim.rewards import cim, rank_weights, similarity_weights
 
@@ -170,10 +170,9 @@ def findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> str:
 
     places = []
     for name, benchmark in zip(VARIANTS, ("Expert", "CrowdFlower"), strict=True):
-        low, high = cells["chosen"][name]["tau"]["interval"]
         reported = REPORTED.loc["CLIPScore", name]
-        place = "above" if 100 * low > reported else "below" if 100 * high < reported else "not distinguishable from"
-        places.append(f"{place} its {reported} on {benchmark}")
+        place = side(cells["chosen"][name]["tau"]["interval"], reported / 100)
+        places.append(f"{place.replace('able', 'able from')} its {reported} on {benchmark}")
     return (
         f"On photos that nothing was chosen on, the published reward agrees with people at {both('published')} (100 "
         f"tau, Flickr8k-Expert and CrowdFlower), the chosen setting at {both('chosen')}. Within one photo these are "

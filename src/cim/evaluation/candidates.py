@@ -8,16 +8,17 @@ from math import comb
 
 import numpy as np
 import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
 from cim.encoders import TextEncoder
 from cim.evaluation.caption_metrics import cider
 from cim.evaluation.statistics import Estimate, kendall_within, ratio, resample_weights
-from cim.rewards import RewardSettings
+from cim.rewards import RewardSettings, rank_weights, similarity_weights
 from cim.scorer import Scorer
 from cim.world.scenes import Scene
-from cim.world.scoring import graph_f1, score_captions
+from cim.world.scoring import graph_f1, score_captions, stated_facts
 
 
 def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray, str]:
@@ -31,10 +32,11 @@ def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray
 
 
 def score_candidates(
-    scorer: Scorer, candidates: pd.DataFrame, rewards: Mapping[str, RewardSettings]
+    scorer: Scorer, candidates: pd.DataFrame, rewards: Mapping[str, RewardSettings], read: bool = False
 ) -> dict[str, np.ndarray]:
     """Every score that needs no reference, (n,) by name: GRC, QIR and CIM of the scorer's own settings, CIM of other
-    settings by their names, CLIPScore and self-retrieval where the image encoder reads text, likelihood and words.
+    settings by their names, CLIPScore and self-retrieval where the image encoder reads text, likelihood and words;
+    with `read`, CIM of the scorer's settings where the gallery is searched by exact facts.
 
     Args:
         candidates: columns image_id, caption and, if known, likelihood; the scorer has these images.
@@ -45,11 +47,35 @@ def score_candidates(
     own = scorer.retrieval_scores(captions, ids)
     scores = {name: own[name] for name in ("cim", "grc", "qir")}
     scores |= {name: scorer.at(settings).retrieval_scores(captions, ids)["cim"] for name, settings in rewards.items()}
+    if read:
+        scores["cim, exact facts"] = scorer.at(scorer.settings, FactScorer).retrieval_scores(captions, ids)["cim"]
     if scorer.image.reads_text:
         scores |= scorer.paired_scores(captions, ids).to_dict("series")
     scores |= {"likelihood": candidates["likelihood"]} if "likelihood" in candidates else {}
     scores |= {"words": candidates["caption"].str.split().str.len()}
     return {name: values.to_numpy(float) for name, values in scores.items()}
+
+
+class FactScorer(Scorer):
+    """Searches the gallery by the facts that captions state, counted exactly (cosine), not by embeddings of text.
+
+    A text encoder that read the small world's English without fault would do no better.
+    """
+
+    def retrieve(
+        self, captions: Sequence[str], image_ids: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As Scorer.retrieve."""
+        s, facts = self.settings, TfidfVectorizer(analyzer=stated_facts, binary=True, use_idf=False)
+        gallery = facts.fit_transform(self.gallery.rows["caption"])
+        similarity = (facts.transform(captions) @ gallery.T).toarray()
+        if s.exclude_source and image_ids is not None:
+            own = self.gallery_rows(image_ids)
+            similarity[own >= 0, own[own >= 0]] = -1
+        rows = np.argsort(-similarity, axis=1, kind="stable")[:, : self.k]
+        if s.temperature is None:
+            return rows, rank_weights(self.k, s.decay)
+        return rows, similarity_weights(np.take_along_axis(similarity, rows, 1), s.temperature)
 
 
 class _Encoded:
@@ -111,3 +137,36 @@ def compare_scores(
                 cells[f"{metric}_{n}"] = Estimate(values.mean(), weights @ values / len(values)).cell()
         rows += [(name, metric, cell["value"], *cell["interval"]) for metric, cell in cells.items()]
     return pd.DataFrame(rows, columns=["score", "metric", "value", "low", "high"])
+
+
+def choose_setting(
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    quality: Mapping[str, np.ndarray],
+    settings: Sequence[str],
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict:
+    """The setting of the reward that agrees best with quality within images, by a random half of them.
+
+    Args:
+        scores: model -> name of a setting -> (images, captions).
+        quality: model -> (images, captions).
+
+    Returns:
+        The "setting" whose mean tau over models is highest there, and "tau" on the other half: of it and of "cim", the
+        scorer's own, by model.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(next(iter(quality.values()))))
+    chosen_on, reported_on = np.split(shuffled, [len(shuffled) // 2])
+
+    def tau(model: str, name: str, rows: np.ndarray) -> dict:
+        images = np.repeat(rows, quality[model].shape[1])
+        pair = (values[rows].ravel() for values in (scores[model][name], quality[model]))
+        return kendall_within(*pair, images, np.random.default_rng(seed), resamples)
+
+    best = max(settings, key=lambda name: np.mean([tau(model, name, chosen_on)["value"] for model in scores]))
+    shown = dict.fromkeys((best, "cim"))
+    return {
+        "setting": best,
+        "tau": {name: {model: tau(model, name, reported_on) for model in scores} for name in shown},
+    }

@@ -1,15 +1,11 @@
 """When are labels better? Fine-tuning by the number, thoroughness and errors of its labels, compared with CIM."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from cim.evaluation.facts import evaluate
-from cim.evaluation.settings import LabelSettings
-from cim.evaluation.statistics import with_interval
-from cim.runs import in_order, label, with_variant
-
-METRICS = ("all_f1", "all_precision", "all_recall")
+from cim.evaluation.comparison import percent, verdicts
+from cim.runs import label, with_variant
 
 
 def labels_of_methods(
@@ -32,49 +28,24 @@ def labels_of_methods(
     return pd.DataFrame(rows, columns=["method", "level", "images", "slip_rate"])
 
 
-def compare(counts: Mapping[str, Mapping[int, pd.DataFrame]], settings: LabelSettings) -> pd.DataFrame:
-    """F1, precision and recall of all facts of each method, and how far they are above CIM's, with 95 % intervals.
-
-    Differences are paired by image and resampled over images, which all methods share, and each method's seeds.
-
-    Args:
-        counts: method -> seed -> cim.evaluation.facts.fact_counts; with method cim.
-
-    Returns:
-        Columns method, seeds, metric, value, low, high, difference, difference_low, difference_high, and verdict: the
-        method is "above" or "below" CIM, or "not distinguishable" from it, by the difference's interval.
-    """
-    found = evaluate({"cim": counts["cim"], **counts}, settings.seed, settings.resamples)
-    rows = []
-    for method in in_order(found):
-        for metric in METRICS:
-            cell = found[method]["metrics"][metric]
-            difference = cell.get("gain", 0.0), *cell.get("gain_interval", (0.0, 0.0))
-            verdict = "above" if difference[1] > 0 else "below" if difference[2] < 0 else "not distinguishable"
-            rows.append((method, len(counts[method]), metric, cell["value"], *cell["interval"], *difference, verdict))
-    columns = ["method", "seeds", "metric", "value", "low", "high"]
-    columns += ["difference", "difference_low", "difference_high", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
-
-
 def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
     """What the study found, in Markdown.
 
     Args:
-        compared, labelled: of `compare` and `labels_of_methods`; method sft is among both.
+        compared, labelled: of cim.evaluation.comparison.compare and `labels_of_methods`; method sft is among both.
     """
     f1 = compared[compared["metric"] == "all_f1"].set_index("method")
     points = labelled.join(f1, on="method")
     sft = points.set_index("method").loc["sft"]
-    known = [f"{label(name)} {_percent(f1.loc[name])}" for name in ("base", "cim", "cim_on_sft") if name in f1.index]
-    text = [f"F1 of all facts: {', '.join(known)}; SFT on all {sft['images']:,} images {_percent(sft)}."]
+    known = [f"{label(name)} {percent(f1.loc[name])}" for name in ("base", "cim", "cim_on_sft") if name in f1.index]
+    text = [f"F1 of all facts: {', '.join(known)}; SFT on all {sft['images']:,} images {percent(sft)}."]
     for level, own in points[points["slip_rate"] == sft["slip_rate"]].groupby("level", sort=False):
         first = overtakes(own)
         where = f"overtakes CIM with {first:,} labelled images" if first else "does not overtake CIM"
-        text.append(f"With `{level}` annotators SFT {where} ({_verdicts(own, 'images', ',')}).")
+        text.append(f"With `{level}` annotators SFT {where} ({verdicts(own, 'images', ',')}).")
     slips = points[(points["level"] == sft["level"]) & (points["images"] == sft["images"])]
     if len(slips) > 1:
-        found = _verdicts(slips, "slip_rate", "g")
+        found = verdicts(slips, "slip_rate", "g")
         text.append(f"By slip rate, with all images labelled by `{sft['level']}` annotators: {found}.")
     return " ".join(text)
 
@@ -87,17 +58,3 @@ def overtakes(points: pd.DataFrame) -> int | None:
             break
         first = images
     return first
-
-
-def _verdicts(points: pd.DataFrame, column: str, form: str) -> str:
-    """The values of a column by verdict, such as "below at 48; above at 576 and 1,200"."""
-    values = points.sort_values(column).groupby("verdict", sort=False)[column]
-    return "; ".join(f"{verdict} at {_listed([format(value, form) for value in own])}" for verdict, own in values)
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def _percent(row: pd.Series) -> str:
-    return with_interval({"value": row["value"], "interval": (row["low"], row["high"])})

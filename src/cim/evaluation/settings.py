@@ -1,4 +1,4 @@
-"""The parameters of `correlation`, `samples`, `labels`, `evaluate` and `cim judge`; imports no heavy library."""
+"""The parameters of the stages that evaluate, and of `cim judge`; imports no heavy library."""
 
 from typing import Annotated, Literal
 
@@ -59,6 +59,14 @@ class LabelSettings(Settings):
     held_out: NonNegativeInt
     levels: dict[str, dict[str, Share]] = Field(min_length=1)
     annotators: int = Field(ge=2)
+    seed: NonNegativeInt
+    resamples: int = Field(ge=100)
+
+
+class AblationSettings(Settings):
+    """The `ablation` group; `of` is the split whose captions are compared, or none."""
+
+    of: list[str] = Field(max_length=1)
     seed: NonNegativeInt
     resamples: int = Field(ge=100)
 

@@ -4,7 +4,7 @@ In correlations `score`, `quality` and `judged` are (n,) values per caption and 
 caption; a resample draws images with all their captions. A cell is {"value", "interval"}, as metrics files hold it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -70,6 +70,12 @@ def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.nda
 def interval(samples: np.ndarray) -> list[float]:
     """[low, high], the central 95 % of bootstrap samples; NaNs (empty denominators) are ignored."""
     return [np.nan, np.nan] if np.isnan(samples).all() else np.nanquantile(samples, [TAIL, 1 - TAIL]).tolist()
+
+
+def side(interval: Sequence[float], of: float = 0.0) -> str:
+    """Where an interval lies: "above" or "below" `of`, or "not distinguishable" from it, as where it is undefined."""
+    low, high = interval
+    return "above" if low > of else "below" if high < of else "not distinguishable"
 
 
 def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

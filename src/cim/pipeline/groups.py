@@ -3,7 +3,7 @@
 Imports no heavy library, so that every command can afford the check.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt
 
@@ -11,6 +11,7 @@ from cim.captioners.settings import CaptionSettings, ModelSettings, PhotoCaption
 from cim.data.dataset import DatasetSettings
 from cim.errors import CimError
 from cim.evaluation.settings import (
+    AblationSettings,
     CorrelationSettings,
     EvaluateSettings,
     JudgementSettings,
@@ -20,7 +21,7 @@ from cim.evaluation.settings import (
 from cim.gallery.settings import GallerySettings
 from cim.params import EncoderSettings, Settings, group
 from cim.rewards import RewardSettings
-from cim.runs import SFT_METHODS, all_runs, parse_run, with_variant
+from cim.runs import REWARDS, SFT_METHODS, all_runs, parse_run, with_variant
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
 from cim.world.settings import CaptionerSettings, EncoderTrainingSettings
 
@@ -34,10 +35,12 @@ class RunSettings(Settings):
 
 
 class Variant(Settings):
-    """What one of the `variants` changes."""
+    """What one of the `variants` changes, and the reward that it is a variant of."""
 
+    of: Literal[REWARDS] = "cim"
     reward: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
+    encoders: dict[str, Any] = Field(default_factory=dict)
     sft: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -54,6 +57,7 @@ class ResultSettings(Settings):
 
 
 GROUPS = {
+    "ablation": AblationSettings,
     "captioner": CaptionerSettings,
     "captions": CaptionSettings,
     "compute": ComputeSettings,
@@ -90,7 +94,7 @@ def check_params(params: dict[str, Any]) -> None:
     variants = {method: group(Variant, changes, f"variants.{method}") for method, changes in params["variants"].items()}
     for method, variant in variants.items():
         changed, _ = with_variant(params, method)
-        for name in variant.model_fields_set:
+        for name in variant.model_fields_set - {"of"}:
             group(GROUPS[name], changed[name], f"variants.{method}.{name}")
     for run in all_runs(params["runs"]):
         supervised = with_variant(params, parse_run(run)[0])[1] in SFT_METHODS

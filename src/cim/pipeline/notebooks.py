@@ -14,6 +14,7 @@ NOTEBOOKS = {
     "train": ("compute", "encoders", "model", "reward", "sft", "variants"),
     "samples": ("encoders", "model", "reward"),
     "labels": ("sft", "variants"),
+    "ablation": ("variants",),
     "evaluate": ("encoders", "reward"),
     "results": (),
 }

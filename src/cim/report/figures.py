@@ -218,6 +218,26 @@ def agreement_figure(table: pd.DataFrame, measure: str) -> Figure:
     return figure
 
 
+def comparison_figure(table: pd.DataFrame) -> Figure:
+    """How far each method is above CIM: one row a method, one panel a metric, with 95 % intervals.
+
+    Args:
+        table: columns method, metric, difference, difference_low, difference_high, as of cim.evaluation.comparison.
+    """
+    table = table[table["method"] != "cim"]
+    metrics, methods = table["metric"].unique(), table["method"].unique()[::-1]
+    figure, axes = _panels(len(metrics), len(metrics), 3.4, 0.3 * len(methods) + 1, sharey=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        part = 100 * table[table["metric"] == metric].set_index("method").loc[methods].filter(like="difference")
+        part.columns = ["value", "low", "high"]
+        ax.errorbar(part["value"], np.arange(len(part)), xerr=_error(part), fmt="o", capsize=2, ms=4)
+        ax.axvline(0, color="0.6", lw=1)
+        ax.set_yticks(range(len(part)), [*map(label, methods)])
+        ax.set(title=TITLES.get(metric, metric), xlabel="points above CIM", ylim=(-0.5, len(part) - 0.5))
+        ax.grid(axis="y", visible=False)
+    return figure
+
+
 def attacks_figure(table: pd.DataFrame) -> Figure:
     """How often each score prefers each attack to the honest caption, as cim.evaluation.attacks.preferred gives it."""
     share = table[table["attack"] != "honest"].pivot(index="score", columns="attack", values="share")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cim.evaluation.statistics import with_interval
+from cim.evaluation.statistics import side, with_interval
 from cim.files import read_json
 from cim.report.pages import render
 from cim.report.tables import KINDS, capture_table, markdown, readme_table, tau, text, trained_method
@@ -32,6 +32,7 @@ FIGURES = {
     "labels/images": "SFT against CIM by the number of labelled images and the annotators' thoroughness",
     "labels/slips": "SFT against CIM by the annotators' error rate",
     "labels/annotators": "how much one annotator says of what five say, and how often two contradict each other",
+    "ablation/ablation": "F1, precision and recall of the facts that each method's captions state, compared with CIM's",
     "train/*": "reward, its parts, KL divergence, length and diversity by training step",
     "evaluate/capture": "CAPTURE and SC-Captioner's scores by method",
     "evaluate/facts": "facts that the captions state, by method",
@@ -44,6 +45,8 @@ COMMANDS = {
     "": "make repro",
     "study": "make study",
     "labels-study": "make labels",
+    "ablation-study": "make ablation",
+    "weak-study": "make weak",
     "flickr8k-judgements": "make photos DATA=folder",
     "flickr8k": "make photos-train DATA=folder",
 }
@@ -80,8 +83,7 @@ def _rises(steps: int, up: int, down: int, **_: Any) -> str:
 
 def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
     """What a 95 % interval says of a difference being above `at_least`: yes, no or undecided, as where it is null."""
-    low, high = _numbers(interval)
-    return "yes" if low > at_least else "no" if high < at_least else UNDECIDED
+    return {"above": "yes", "below": "no"}.get(side(_numbers(interval), at_least), UNDECIDED)
 
 
 def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]:
@@ -168,11 +170,12 @@ def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
     )
 
 
-def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame) -> str:
+def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame, chosen: Mapping) -> str:
     """What stage samples found: for each model the best and the published score, what the best of N gains, and attacks.
 
     Args:
-        table, attacked: of cim.evaluation.candidates.compare_scores and of cim.evaluation.attacks.preferred.
+        table, attacked, chosen: of cim.evaluation.candidates.compare_scores, of cim.evaluation.attacks.preferred, and
+            of cim.evaluation.candidates.choose_setting.
     """
     said = []
     for model, rows in table.groupby("model", sort=False):
@@ -187,6 +190,14 @@ def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame) 
             f"{shown['cim']}). The best of {most} by {best} gains {gains[best]} over a random caption, by cim "
             f"{gains['cim']}; by the truth {gains['quality']}."
         )
+    taus = (
+        f"{name} {', '.join(f'{with_interval(cell, 1, 2)} ({model})' for model, cell in cells.items())}"
+        for name, cells in chosen["tau"].items()
+    )
+    said.append(
+        f"Of the settings of the reward, {chosen['setting']} agrees best on a random half of the images; tau on the "
+        f"other half: {'; '.join(taus)}."
+    )
     worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last()
     worst = [f"{r.Index} ({r.attack}: {r.share:.0%})" for r in worst.sort_values("share").itertuples()]
     said.append(f"The attack that each score prefers to the honest caption most often: {', '.join(worst)}.")

@@ -10,6 +10,7 @@ import numpy as np
 from cim import code
 from cim.captioners.models import prompt_inputs
 from cim.data.manifest import Manifest
+from cim.encoders import load_image_encoder
 from cim.errors import CimError
 from cim.gallery.store import read_info
 from cim.images import open_image
@@ -30,13 +31,16 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     """
     job = Job(run, params, artifacts).load()
     encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
+    towers = [load_image_encoder(encoders.text_tower).digest] if encoders.text_tower else []
+    info = read_info(artifacts / "gallery")
     job.train(
         lambda folder: make_trainer(job, job_scorer(job, artifacts), folder),
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
         reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
         precision=[encoders.text_precision, encoders.image_precision],
-        gallery={name: marks["whole"] for name, marks in read_info(artifacts / "gallery")["files"].items()},
+        towers=[info["image_encoder"]["digest"], *towers],
+        gallery={name: marks["whole"] for name, marks in info["files"].items()},
     )
 
 

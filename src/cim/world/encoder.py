@@ -38,8 +38,10 @@ def train_encoder(
 ) -> dict[str, float]:
     """Train on image files of one size, their scene graphs as JSON and their captions, and save an OpenCLIP folder.
 
+    Text towers on fewer captions are saved as OpenCLIP folders in it, text-COUNT, with the same image tower.
+
     Returns:
-        The accuracies of both trainings on the last 5 % of the images, held out.
+        The accuracies of all trainings on the last 5 % of the images, held out.
     """
     torch.manual_seed(settings.seed)
     pixels = load_pixels(images)
@@ -51,13 +53,23 @@ def train_encoder(
     }
     model = open_clip.CustomTextCLIP(**config)
     named = train_trunk(model.visual.trunk, pixels, [Scene.from_json(scene) for scene in scenes], settings)
-    retrieved = train_clip(model, pixels, captions, settings)
+    pooled = pooled_features(model.visual.trunk, pixels)
+    metrics = {"objects_named": named, "captions_retrieved_of_heldout": train_clip(model, pooled, captions, settings)}
+    _save(model, config, out)
+    for count in settings.text_towers:
+        other = open_clip.CustomTextCLIP(**config)
+        other.visual = model.visual
+        metrics[f"captions_retrieved_after_{count}"] = train_clip(other, pooled, captions, settings, count)
+        _save(other, config, out / f"text-{count}")
+    return metrics
+
+
+def _save(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
     save_file(state, out / "open_clip_model.safetensors")
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": PREPROCESS}
     write_text(out / "open_clip_config.json", json.dumps(saved, indent=1))
-    return {"objects_named": named, "captions_retrieved_of_heldout": retrieved}
 
 
 def scene_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,8 +157,27 @@ def train_trunk(
     return float(correct[names < EMPTY].float().mean())
 
 
-def train_clip(model: nn.Module, pixels: torch.Tensor, captions: list[str], settings: EncoderTrainingSettings) -> float:
-    """Contrastive training of the image head and the text tower; the trunk is locked and its features are cached.
+def pooled_features(trunk: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """(n, c) features of the trunk, which stays as it is."""
+    device = default_device()
+    trunk.to(device).eval()
+    with torch.inference_mode(), bfloat16_if_fast(device):
+        chunks = tqdm(pixels.split(256), desc="trunk features", mininterval=2)
+        pooled = torch.cat([trunk(normalise(chunk, device)).float() for chunk in chunks])
+    return pooled.clone()  # out of inference mode, so that the head's backward may keep it
+
+
+def train_clip(
+    model: nn.Module,
+    pooled: torch.Tensor,
+    captions: list[str],
+    settings: EncoderTrainingSettings,
+    captioned: int | None = None,
+) -> float:
+    """Contrastive training of the image head and the text tower on (n, c) features of the locked trunk.
+
+    Args:
+        captioned: so many of the images, drawn by the seed, have a caption; the image head is then locked too.
 
     Returns:
         The share of the last 5 % of the images, held out, whose own caption is the nearest among those captions.
@@ -154,13 +185,12 @@ def train_clip(model: nn.Module, pixels: torch.Tensor, captions: list[str], sett
     device = default_device()
     model.to(device).eval()
     model.lock_image_tower()
-    model.visual.head.requires_grad_(True)
+    model.visual.head.requires_grad_(captioned is None)
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=64)(captions).to(device)
-    with torch.inference_mode(), bfloat16_if_fast(device):
-        chunks = tqdm(pixels.split(256), desc="trunk features", mininterval=2)
-        pooled = torch.cat([model.visual.trunk(normalise(chunk, device)).float() for chunk in chunks])
-    pooled = pooled.clone()  # out of inference mode, so that the head's backward may keep it
-    known = len(pixels) - max(1, len(pixels) // 20)
+    known = len(pooled) - max(1, len(pooled) // 20)
+    drawn = torch.arange(known)
+    if captioned is not None:
+        drawn = torch.randperm(known, generator=torch.Generator().manual_seed(settings.seed))[:captioned]
     contrast = ClipLoss()
 
     def embed(rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,8 +205,9 @@ def train_clip(model: nn.Module, pixels: torch.Tensor, captions: list[str], sett
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.clip_lr, weight_decay=0.1)
     optimizer.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
-    batches = (torch.randperm(known)[: settings.clip_batch] for _ in range(settings.clip_steps))
+    batches = (drawn[torch.randperm(len(drawn))[: settings.clip_batch]] for _ in range(settings.clip_steps))
     model.train()
+    model.visual.train(captioned is None)
     model.visual.trunk.eval()
     minimize(optimizer, loss_of, batches, settings.clip_steps, 0.1, "contrastive heads")
     model.eval()

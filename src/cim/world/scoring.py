@@ -11,6 +11,15 @@ FACTS = ("object", "attribute", "relation", "background")
 COUNTS = ("stated", "correct", "recalled", "true")
 
 
+def stated_facts(caption: str) -> list[tuple[str, ...]]:
+    """The facts that a caption states: objects, their colours and sizes, relations by nouns, backgrounds."""
+    graph = read_caption(caption)
+    nouns = [o.noun for o in graph.objects]
+    looks = [(o.noun, look) for o in graph.objects for look in (*o.colours, *o.sizes)]
+    related = [(nouns[a], relation, nouns[b]) for a, relation, b in graph.relations]
+    return [*((noun,) for noun in nouns), *looks, *related, *(("background", b) for b in graph.backgrounds)]
+
+
 def align(graph: CaptionGraph, scene: Scene) -> dict[int, SceneObject]:
     """The scene object of each caption object that has one, by index: one to one, finest nouns first.
 

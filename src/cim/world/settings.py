@@ -11,7 +11,11 @@ Batch = Annotated[int, Field(ge=2)]
 
 
 class EncoderTrainingSettings(Settings):
-    """The `encoder` group: the architecture, and how long each of the three phases lasts."""
+    """The `encoder` group: the architecture, and how long each of the three phases lasts.
+
+    Attributes:
+        text_towers: numbers of captioned scenes; for each a further text tower, which saw no other captions.
+    """
 
     trunk: str
     embed_dim: PositiveInt
@@ -23,6 +27,7 @@ class EncoderTrainingSettings(Settings):
     clip_steps: PositiveInt
     clip_batch: Batch
     clip_lr: PositiveFloat
+    text_towers: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
 
 
 class CaptionerSettings(Settings):
