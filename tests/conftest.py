@@ -89,7 +89,7 @@ def encoder_folder(tmp_path_factory, world):
 
     settings = EncoderTrainingSettings(
         trunk="test_resnet", embed_dim=32, seed=0, batch_size=32, crop_epochs=1, scene_epochs=1, trunk_lr=4e-3,
-        clip_steps=2, clip_batch=16, clip_lr=1e-3,
+        clip_steps=2, clip_batch=16, clip_lr=1e-3, text_towers=[8],
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
     pretrain = world.split("pretrain")

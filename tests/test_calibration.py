@@ -142,6 +142,16 @@ def test_a_variant_is_cim_with_other_values():
     assert PARAMS["reward"]["k"] == 3
 
 
+def test_a_variant_of_another_reward():
+    variants = {"small": {"of": "clipscore", "encoders": {"text_tower": "t"}}}
+    params, reward = with_variant(PARAMS | {"encoders": {"image": "i"}, "variants": variants}, "small")
+    assert (params["encoders"], params["reward"], reward) == (
+        {"image": "i", "text_tower": "t"},
+        PARAMS["reward"],
+        "clipscore",
+    )
+
+
 @pytest.mark.parametrize(("method", "reward"), [("qir", "qir"), ("cim_on_sft", "cim"), ("sft", "sft")])
 def test_known_methods_keep_the_parameters(method, reward):
     assert with_variant(PARAMS, method) == (PARAMS, reward)
@@ -150,7 +160,7 @@ def test_known_methods_keep_the_parameters(method, reward):
 @pytest.mark.parametrize(
     ("variants", "method", "message"),
     [({}, "wide", "method 'wide' is unknown.*clipscore"), ({"cim": {}}, "cim", "variants.cim needs a name of its own"),
-     ({"wide": {"model": {}}}, "wide", "variants.wide")],
+     ({"wide": {"model": {}}}, "wide", "variants.wide"), ({"wide": {"of": "grc", "sft": {}}}, "wide", "not both")],
 )  # fmt: skip
 def test_variants_that_are_refused(variants, method, message):
     with pytest.raises(CimError, match=message):

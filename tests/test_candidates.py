@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 from cim.evaluation import attacks
-from cim.evaluation.candidates import best_of, compare_scores
+from cim.evaluation.candidates import FactScorer, best_of, choose_setting, compare_scores
 from cim.report import figures, findings
+from cim.scorer import RewardSettings, Scorer
+from cim.world.scoring import stated_facts
 
 
 def slow_best_of(n, score, quality):
@@ -112,7 +114,15 @@ def test_findings_name_the_best_score_and_the_worst_attack(table):
         ],
         columns=["score", "attack", "mean", "share"],
     )
-    said = findings.samples_findings(table, "F1", attacked)
+    chosen = {
+        "setting": "K = 9",
+        "tau": {
+            name: {"base-0": {"value": tau, "interval": [0.1, 0.9]}} for name, tau in (("K = 9", 0.5), ("cim", 0.4))
+        },
+    }
+    said = findings.samples_findings(table, "F1", attacked, chosen)
+    assert "K = 9 agrees best on a random half" in said
+    assert "K = 9 0.50 [0.10, 0.90] (base-0); cim 0.40 [0.10, 0.90] (base-0)" in said
     cells = table.set_index(["model", "score", "metric"])["value"]
     assert f"cim agrees best with F1 within an image (tau {cells['base-0', 'cim', 'tau']:.2f}" in said
     assert f"by the truth {cells['cim-0', 'quality', 'gain_4']:.3f}" in said
@@ -128,3 +138,58 @@ def test_the_attack_heatmap_leaves_the_honest_caption_out(rng):
     shown = [tick.get_text() for tick in ax.get_xticklabels()]
     assert "honest" not in shown
     assert "copied" in shown
+
+
+def test_a_setting_is_chosen_on_one_half_and_reported_on_the_other(rng):
+    """The better of two settings is chosen; one that is perfect on the other half only is not."""
+    quality = rng.normal(size=(40, 5))
+    shuffled = np.random.default_rng(3).permutation(40)
+    late = rng.normal(size=quality.shape)
+    late[shuffled[20:]] = quality[shuffled[20:]]
+    scores = {"good": quality + 0.3 * rng.normal(size=quality.shape), "late": late, "cim": -quality, "words": quality}
+    chosen = choose_setting({"m": scores}, {"m": quality}, ["cim", "good", "late"], seed=3, resamples=100)
+    assert chosen["setting"] == "good"
+    reported = shuffled[20:]
+    alone = compare_scores({"good": scores["good"][reported]}, quality[reported], [1], resamples=100)
+    cell = chosen["tau"]["good"]["m"]
+    assert cell["value"] == pytest.approx(alone.set_index("metric").loc["tau", "value"])
+    assert cell["interval"][0] < cell["value"] < cell["interval"][1]
+    assert chosen["tau"]["cim"]["m"]["value"] == pytest.approx(-1)
+
+
+@pytest.fixture
+def scorer(gallery, encoders):
+    return Scorer(gallery, *encoders, RewardSettings())
+
+
+@pytest.mark.parametrize("temperature", [None, 0.2])
+@pytest.mark.parametrize("exclude", [True, False])
+def test_retrieval_by_exact_facts(scorer, world, temperature, exclude):
+    """Against a slow count: the cosine of two sets is the number of facts they share over the root of their sizes."""
+    settings = scorer.settings.model_copy(update={"exclude_source": exclude, "temperature": temperature, "k": 4})
+    by_facts = scorer.at(settings, FactScorer)
+    train = world.split("train").take(range(5))
+    ids = train.frame["image_id"].tolist()
+    scorer.add_sources(train)
+    rows, weights = by_facts.retrieve(train.captions, ids)
+    gallery = [set(stated_facts(caption)) for caption in scorer.gallery.rows["caption"]]
+    for i, (caption, image) in enumerate(zip(train.captions, ids, strict=True)):
+        facts = set(stated_facts(caption))
+        cosine = np.array([len(facts & other) / np.sqrt(len(facts) * len(other)) for other in gallery])
+        if exclude:
+            cosine[scorer.gallery_rows([image])[0]] = -1
+        np.testing.assert_allclose(cosine[rows[i]], np.sort(cosine)[::-1][:4], atol=1e-6)
+        if temperature:
+            expected = np.exp(cosine[rows[i]] / temperature)
+            np.testing.assert_allclose(weights[i], expected / expected.sum(), rtol=1e-4)
+    own = scorer.gallery_rows(ids)[:, None] == rows
+    assert own.any() != exclude
+    if temperature is None:
+        np.testing.assert_allclose(weights, [1, 0.5, 0.25, 0.125])
+    assert by_facts.retrieval_scores(train.captions, ids)["cim"].notna().all()
+
+
+def test_facts_of_a_caption():
+    facts = stated_facts("a big red owl is left of a car. the background is snow.")
+    stated = {("owl",), ("owl", "red"), ("owl", "large"), ("car",), ("owl", "left of", "car"), ("background", "snow")}
+    assert set(facts) == stated

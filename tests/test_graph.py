@@ -72,7 +72,8 @@ def repository(tmp_path_factory):
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["runs"]["on_sft"], params["judgements"]["of"], params["labels"]["of"] = [0], ["flickr8k"], ["test"]
+    params["runs"]["on_sft"], params["judgements"]["of"] = [0], ["flickr8k"]
+    params["labels"]["of"] = params["ablation"]["of"] = ["test"]
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "data").mkdir()
     (folder / "data" / "raw").write_text("raw")
@@ -127,7 +128,7 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("compute", "per_device", 1, set()),
         ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
         ("sft", "lr", 1.0, {"sft", "labels"}),
-        ("variants", "few", {"sft": {"images": 48}}, {"train", "on_sft", "sft", "labels"}),
+        ("variants", "few", {"sft": {"images": 48}}, {"train", "on_sft", "sft", "labels", "ablation"}),
         ("gallery", "recall", 0.5, {"gallery"}),
         (
             "encoders",
@@ -139,6 +140,7 @@ def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
         ("samples", "seed", 1, {"samples"}),
         ("judgements", "seed", 1, {"judgements"}),
         ("labels", "seed", 1, {"labels"}),
+        ("ablation", "seed", 1, {"ablation"}),
         ("correlation", "seed", 1, {"correlation"}),
         ("evaluate", "seed", 1, {"evaluate"}),
         ("captions", "batch", 1, {"captions"}),

@@ -10,7 +10,7 @@ import pytest
 
 from cim.data.manifest import read_manifest
 from cim.errors import CimError
-from cim.evaluation import annotation, labelling
+from cim.evaluation import annotation, comparison, labelling
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.facts import fact_counts, metrics_of
 from cim.evaluation.settings import LabelSettings
@@ -71,7 +71,7 @@ def test_a_variant_changes_cim_or_sft():
     changed, method = with_variant(params | {"variants": variants}, "few")
     assert (changed["sft"], changed["reward"], method) == ({"lr": 1.0, "annotators": {"size": 1.0}}, {"k": 3}, "sft")
     assert with_variant(params | {"variants": variants}, "wide")[1] == "cim"
-    with pytest.raises(CimError, match=r"variants.both .* either groups reward and train \(CIM\) or group sft \(SFT\)"):
+    with pytest.raises(CimError, match=r"variants.both .* either groups reward, train and encoders .* or group sft \(SFT\)"):
         with_variant(params | {"variants": {"both": {"sft": {}, "reward": {}}}}, "few")
 
 
@@ -126,7 +126,7 @@ def slow_f1(runs) -> float:
 
 
 def test_differences_to_cim_are_paired_by_image(counts, rng):
-    table = labelling.compare(counts, SETTINGS)
+    table = comparison.compare(counts, SETTINGS.seed, SETTINGS.resamples)
     f1 = table[table["metric"] == "all_f1"].set_index("method")
     assert f1.index.tolist() == ["base", "sft", "cim", "even"]
     assert f1.loc["cim", ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
@@ -165,7 +165,7 @@ def test_findings_name_the_frontier(counts):
     counts = counts | {"slip_0": counts["sft"]}
     given = {"annotators": {"name": 0.9}, "slip_rate": 0.1, "images": None}
     labelled = labelling.labels_of_methods(counts, given, variants, SETTINGS.levels, 16)
-    text = labelling.findings(labelling.compare(counts, SETTINGS), labelled)
+    text = labelling.findings(comparison.compare(counts, SETTINGS.seed, SETTINGS.resamples), labelled)
     assert (
         "With `usual` annotators SFT overtakes CIM with 16 labelled images (not distinguishable at 4; above at 16)."
         in text

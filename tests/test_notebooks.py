@@ -81,17 +81,46 @@ def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, works
     assert len(shown(captured, "image/png")) == 2  # curves, and captions with their images
 
 
-@pytest.mark.slow
-def test_the_labels_notebook_compares_annotators_with_cim(run_by_hand, workspace, world):
-    """Base, CIM and SFT are captions written with more or fewer facts; SFT on few images is worse than CIM."""
-    test = world.split("test")
-    thorough = {"base-0": 0.3, "cim-0": 0.8, "sft-0": 1.0, "sft-1": 1.0, "few-0": 0.4, "slip-0": 0.9, "k10-0": 0.8}
-    folder = workspace / "results/captions/test"
+def write_captions(folder, test, runs):
+    """Captions of the test images by runs, given how likely each run mentions a fact."""
     folder.mkdir(parents=True)
-    for run, chance in thorough.items():
+    for run, chance in runs.items():
         chances = dict.fromkeys(("object", "name", "colour", "size", "relation", "background"), chance)
         said = written_captions(test, chances, 0.0, seed=0)
         (folder / f"{run}.json").write_text(json.dumps(dict(zip(test.frame["image_id"], said, strict=True))))
+
+
+@pytest.mark.slow
+def test_the_ablation_notebook_compares_variants_with_cim(run_by_hand, workspace, world):
+    """A variant that says more is above CIM, one that says the same is not distinguishable from it."""
+    runs = {"base-0": 0.3, "cim-0": 0.8, "more-0": 1.0, "more-1": 1.0, "same-0": 0.8, "less-0": 0.5}
+    folder = workspace / "results/captions/test"
+    write_captions(folder, world.split("test"), runs)
+    stuck = dict.fromkeys(world.split("test").frame["image_id"], "an owl. an owl. an owl.")
+    (folder / "less-1.json").write_text(json.dumps(stuck))
+    captured = run_by_hand("ablation", of=["test"], variants={"more": {"reward": {"k": 10}}}, resamples=200)
+    metrics = json.loads((workspace / "results/ablation/metrics.json").read_text())
+    assert {method: cell["verdict"] for method, cell in metrics["methods"].items()} == {
+        "base": "below", "cim": "not distinguishable", "less": "below", "more": "above", "same": "not distinguishable",
+    }  # fmt: skip
+    found = shown(captured, "text/markdown")[-1]
+    assert "below: base and less; above: more; not distinguishable: same." in found
+    assert "repeat themselves most is less-1: 60% of their word pairs" in found
+    table = pd.read_csv(workspace / "results/ablation/ablation.csv")
+    assert set(table["metric"]) == {"all_f1", "all_precision", "all_recall"}
+    assert (workspace / "results/ablation/ablation.png").is_file()
+    with pytest.raises(CimError, match=r"ablation\.of: name a split"):
+        run_by_hand("ablation")
+    (folder / "cim-0.json").unlink()
+    with pytest.raises(CimError, match="no captions of method cim"):
+        run_by_hand("ablation", of=["test"])
+
+
+@pytest.mark.slow
+def test_the_labels_notebook_compares_annotators_with_cim(run_by_hand, workspace, world):
+    """Base, CIM and SFT are captions written with more or fewer facts; SFT on few images is worse than CIM."""
+    thorough = {"base-0": 0.3, "cim-0": 0.8, "sft-0": 1.0, "sft-1": 1.0, "few-0": 0.4, "slip-0": 0.9, "k10-0": 0.8}
+    write_captions(workspace / "results/captions/test", world.split("test"), thorough)
     variants = {"few": {"sft": {"images": 8}}, "slip": {"sft": {"slip_rate": 0.5}}, "k10": {"reward": {"k": 10}}}
     captured = run_by_hand("labels", of=["test"], variants=variants, resamples=100)
     metrics = json.loads((workspace / "results/labels/metrics.json").read_text())

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
 import two_processes
@@ -56,6 +56,30 @@ def checkpoints(run: str) -> list[Path]:
 
 class Interrupt(Exception):
     """In place of a kill."""
+
+
+@pytest.mark.slow
+def test_a_variant_of_clipscore_trains_by_its_text_tower(workspace, capsys, encoder_folder):
+    """Its rewards are those of the tower; a tower with other weights trains anew."""
+    tower = workspace / "tower"
+    shutil.copytree(encoder_folder / "text-8", tower)
+    variants = {"small": {"of": "clipscore", "encoders": {"text_tower": f"open_clip:local-dir:{tower}"}}}
+    params = change(variants=variants, train={"steps": 1})
+    for run in ("small-0", "clipscore-0"):
+        grpo.train(run, params, Path("artifacts"))
+    small, own = (
+        [row["reward"] for row in json.loads(Path(f"artifacts/train/{run}/log.json").read_text()) if "reward" in row]
+        for run in ("small-0", "clipscore-0")
+    )
+    assert small[0] != own[0]
+    capsys.readouterr()
+    grpo.train("small-0", params, Path("artifacts"))
+    assert "kept: artifacts/train/small-0" in capsys.readouterr().out
+    weights = load_file(tower / "open_clip_model.safetensors")
+    name = next(name for name in weights if name.startswith("text.") and weights[name].ndim == 2)
+    save_file(weights | {name: weights[name] + 1}, tower / "open_clip_model.safetensors")
+    grpo.train("small-0", params, Path("artifacts"))
+    assert "kept" not in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -31,11 +31,15 @@ PARAMS = (ROOT / "params.yaml").read_text()
         ("runs.sft=[sft]", "run 'sft' should be METHOD-SEED"),
         ("runs.on_sft=[a]", r"'runs.on_sft.0' should be a valid integer"),
         ("+variants.a.reward.k=0", r"'variants.a.reward.k' should be greater than 0"),
-        ("+variants.a.model.name=x", r"'variants.a.model' is unknown; 'variants.a' takes reward, train, sft"),
+        (
+            "+variants.a.model.name=x",
+            r"'variants.a.model' is unknown; 'variants.a' takes of, reward, train, encoders, sft",
+        ),
+        ("+variants.a.of=bleu", r"'variants.a.of' should be 'cim', 'grc', 'qir', 'self_retrieval' or 'clipscore'"),
         ("+variants.a.sft.images=0", r"'variants.a.sft.images' should be greater than 0"),
         (
             "+variants.a={sft: {lr: 0.1}, train: {lr: 0.1}}",
-            "variants.a needs .* either groups reward and train .* not both",
+            "variants.a needs .* either groups reward, train and encoders .* not both",
         ),
         ("runs.grpo=[cim-0, sft-1]", r"run 'sft-1' belongs in runs.sft"),
         ("runs.sft=[cim-1]", r"run 'cim-1' belongs in runs.grpo"),
