@@ -531,6 +531,21 @@ def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
     assert all((results / link).is_file() for link in links)
     assert "study/evaluate" in text
     assert "flickr8k-judgements/correlation/levels.png" in links
+    folder = results / "weak-study" / "ablation"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = "method,seeds,metric,value,low,high,difference,difference_low,difference_high,verdict"
+    rows = [
+        "cim,3,all_f1,0.7,0.65,0.75,0,0,0,x",
+        "kl_10,3,all_f1,0.8,0.75,0.85,0.1,0.05,0.15,x",
+        "kl_10,3,all_recall,0,0,0,0,0,0,x",
+    ]
+    (folder / "ablation.csv").write_text("\n".join([columns, *rows]))
+    text = findings.readme(results, "tiny")
+    [table] = re.findall(r"### `make weak`: by method\n\n((?:\|.*\n)+)", text)
+    assert table.splitlines()[2:] == [
+        "| CIM (GRC + QIR) | 3 | 70.0 [65.0, 75.0] | +0.0 [+0.0, +0.0] |",
+        "| kl 10 | 3 | 80.0 [75.0, 85.0] | +10.0 [+5.0, +15.0] |",
+    ]
     shutil.rmtree(results / "study")
     alone = findings.readme(results, "tiny")
     assert "study/evaluate" not in alone

@@ -224,6 +224,15 @@ def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     )
 
 
+def comparison_table(path: Path) -> pd.DataFrame:
+    """F1 of all facts of each method of a study, and how far it is above CIM's, in percentage points."""
+    table = pd.read_csv(path).query("metric == 'all_f1'")
+    f1 = [with_interval({"value": r.value, "interval": (r.low, r.high)}) for r in table.itertuples()]
+    above = [_signed(r.difference, (r.difference_low, r.difference_high)) for r in table.itertuples()]
+    shown = pd.DataFrame({"seeds": table["seeds"].tolist(), "F1 of all facts": f1, "above CIM": above})
+    return shown.set_index(table["method"].map(label))
+
+
 def readme(results: Path, profile: str) -> str:
     """The text of results/README.md: tables, claims, figures, and the stage and command that made each."""
     best = best_evaluation(results, profile)
@@ -242,6 +251,11 @@ def readme(results: Path, profile: str) -> str:
         table=readme_table(best / "metrics.json") if facts["methods"] else markdown(capture_table(capture, "strict")),
         findings=[correlation_findings(correlation), evaluation_findings(facts, capture)],
         claims=markdown(checked.replace({"verdict": {"no": "**no**"}})),
+        compared={
+            COMMANDS[path.parts[-3]]: markdown(comparison_table(path))
+            for stage in ("labels", "ablation")
+            for path in sorted(results.glob(f"*-study/{stage}/{stage}.csv"))
+        },
         figures=figures,
     )
 
