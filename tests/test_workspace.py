@@ -43,6 +43,10 @@ PARAMS = (ROOT / "params.yaml").read_text()
         ),
         ("runs.grpo=[cim-0, sft-1]", r"run 'sft-1' belongs in runs.sft"),
         ("runs.sft=[cim-1]", r"run 'cim-1' belongs in runs.grpo"),
+        (
+            "+samples.rewards.mine={depth: 3}",
+            r"'samples.rewards.mine.depth' is unknown; 'samples.rewards.mine' takes k, beta",
+        ),
         ("+variants.a=3", r"group 'variants.a' is missing or not a mapping"),
         ("compute=null", "group 'compute' is missing or not a mapping"),
         ("~evaluate", "group 'evaluate' is missing or not a mapping"),

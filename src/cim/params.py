@@ -2,7 +2,7 @@
 
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -70,13 +70,18 @@ def group(cls: type[S], values: dict[str, Any] | None, name: str) -> S:
     outer, where = (".".join(map(str, (name, *loc))) for loc in (first["loc"][:-1], first["loc"]))
     match first["type"]:
         case "extra_forbidden":
-            inner = reduce(lambda nested, field: nested.model_fields[field].annotation, first["loc"][:-1], cls)
+            inner = reduce(_part, first["loc"][:-1], cls)
             raise CimError(f"parameters: '{where}' is unknown; '{outer}' takes {', '.join(inner.model_fields)}")
         case "missing":
             raise CimError(f"parameters: '{where}' is missing")
         case "value_error" | "assertion_error":
             raise CimError(f"parameters: {where}: {first['ctx']['error']}")
     raise CimError(f"parameters: '{where}' {first['msg'].removeprefix('Input ')}, not {first['input']!r}")
+
+
+def _part(kind: Any, name: str) -> Any:
+    """The type of a field of settings, or of the values of a dictionary."""
+    return kind.model_fields[name].annotation if hasattr(kind, "model_fields") else get_args(kind)[-1]
 
 
 def require(condition: bool, message: str) -> None:
