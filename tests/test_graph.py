@@ -17,21 +17,32 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
 CODE = ("src/", "notebooks/")
 
-# Stands for `cim` in a repository of its own: makes what dvc.yaml says that the stage makes, in no time.
+# Stands for `cim` in a repository of its own: makes what dvc.yaml says that the stage makes, in no time: a digest of its
+# parameters and of the files that it depends on.
 STUB = """#!{python}
-import sys, yaml
+import hashlib, sys, yaml
 from pathlib import Path
+params = yaml.safe_load(open("params.yaml"))
 stages = yaml.safe_load(open("dvc.yaml"))["stages"]
 run = sys.argv[sys.argv.index("--run") + 1] if "--run" in sys.argv else ""
 for name, stage in stages.items():
     body = stage.get("do", stage)
     wanted = body["cmd"].replace("cim_on_sft-${{item}}", run).replace("${{item}}", run).split()[1:]
     if wanted == sys.argv[1:]:
+        made = hashlib.sha256(" ".join(wanted).encode())
+        for key in body["params"]:
+            value = params
+            for part in key.split("."):
+                value = value[part]
+            made.update(repr(value).encode())
+        for dep in (Path(d.replace("${{item}}", run.split("-")[-1])) for d in body["deps"]):
+            for file in sorted(dep.rglob("*")) if dep.is_dir() else [dep] if dep.is_file() else []:
+                made.update(file.read_bytes() if file.is_file() else b"")
         for out in body["outs"] + body.get("metrics", []):
             path = out if isinstance(out, str) else next(iter(out))
             path = Path(path.replace("cim_on_sft-${{item}}", run).replace("${{item}}", run))
             (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-            (path if path.suffix else path / "file").write_text(" ".join(sys.argv[1:]))
+            (path if path.suffix else path / "file").write_text(made.hexdigest())
 """
 
 
@@ -80,12 +91,19 @@ def repository(tmp_path_factory):
     (folder / "bin").mkdir()
     (folder / "bin" / "cim").write_text(STUB.format(python=sys.executable))
     (folder / "bin" / "cim").chmod(stat.S_IRWXU)
-    dvc = [sys.executable, "-m", "dvc"]
-    subprocess.run([*dvc, "init", "-q", "--no-scm"], cwd=folder, check=True)
-    env = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run([*dvc, "repro", "-q"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
+    reproduce(folder)
     return folder
+
+
+def reproduce(folder) -> set[str]:
+    """The stages that `dvc repro` runs, without the items of a foreach."""
+    env = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "DVC_NO_ANALYTICS": "1"}
+    dvc = [sys.executable, "-m", "dvc", "repro"]
+    done = subprocess.run(dvc, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    return {line.split("'")[1].split("@")[0].split(":")[-1] for line in lines}
 
 
 def marked(folder) -> set[str]:
@@ -175,3 +193,15 @@ def test_a_change_of_an_input_file_marks_the_stage_that_reads_it(repository, nam
         assert marked(repository) == stages
     finally:
         path.write_bytes(before)
+
+
+def test_a_reward_parameter_reruns_training_and_what_follows_only(repository, tmp_path):
+    """Where each stage's outputs change; real ones may come out the same, which spares what follows."""
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy, symlinks=True)
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    params["reward"]["k"] = 2
+    (copy / "params.yaml").write_text(yaml.safe_dump(params))
+    trained, compared = {"judgements", "train", "on_sft", "samples"}, {"labels", "ablation", "evaluate"}
+    assert reproduce(copy) == {*trained, "captions", *compared, "results", "site"}
+    assert reproduce(copy) == set()

@@ -34,6 +34,7 @@ def run_by_hand(workspace, monkeypatch):
         user_module=ModuleType("by_hand"), config=Config(HistoryManager={"enabled": False})
     )
     inline = "module://matplotlib_inline.backend_inline"
+    plt.close("all")  # the inline backend would show what other tests left open
     plt.switch_backend(inline)
     plt.ion()
     configure_inline_support(shell, inline)

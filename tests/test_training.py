@@ -497,7 +497,18 @@ def test_curves_and_metrics_of_a_log(trained):
 def test_a_trained_run_says_what_it_was_made_from(trained):
     out = trained / "artifacts" / "train" / "cim-0"
     inputs = json.loads((out / INPUTS).read_text())["inputs"]
-    assert set(inputs) == {"run", "code", "weights", "model", "images", "train", "reward", "precision", "gallery"}
+    assert set(inputs) == {
+        "run",
+        "code",
+        "weights",
+        "model",
+        "images",
+        "train",
+        "reward",
+        "precision",
+        "towers",
+        "gallery",
+    }
     card = (out / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert (head["pipeline_tag"], head["tags"]) == ("image-text-to-text", ["cim"])
