@@ -260,27 +260,36 @@ def at_hub(hub, tmp_path, code, *arguments, offline="0"):
 
 LOAD = """
 import sys
+from contextlib import suppress
 from cim.errors import one_line_errors
 from cim.captioners.models import ModelSettings, load_model
-with one_line_errors():
-    load_model(ModelSettings(name=sys.argv[1], prompt="x", revision=sys.argv[2] or None))
+for name in sys.argv[1:]:
+    name, _, revision = name.partition("@")
+    with suppress(SystemExit), one_line_errors():
+        load_model(ModelSettings(name=name, prompt="x", revision=revision or None))
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "revision", "offline", "says"),
+    ("offline", "models"),
     [
-        ("some/gated-model", "", "0", "it is gated; accept its terms"),
-        ("some/no-such-model", "", "0", "no such model, or it is private"),
-        ("some/model", "wrong", "0", "no such revision"),
-        ("some/model", "", "1", "HF_HUB_OFFLINE forbids|not in the hub's cache"),
+        (
+            "0",
+            {
+                "some/gated-model": "it is gated; accept its terms",
+                "some/no-such-model": "no such model, or it is private",
+                "some/model@wrong": "no such revision",
+            },
+        ),
+        ("1", {"some/model": "HF_HUB_OFFLINE forbids|not in the hub's cache"}),
     ],
 )
-def test_hub_errors_are_one_clear_line(hub, tmp_path, name, revision, offline, says):
-    _, errors = at_hub(hub, tmp_path, LOAD, name, revision, offline=offline)
+def test_hub_errors_are_one_clear_line(hub, tmp_path, offline, models):
+    _, errors = at_hub(hub, tmp_path, LOAD, *models, offline=offline)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, errors[-2000:]
-    assert re.search(says, lines[0]), lines[0]
+    assert len(lines) == len(models), errors[-2000:]
+    for line, says in zip(lines, models.values(), strict=True):
+        assert re.search(says, line), line
     assert "Traceback" not in errors
 
 
