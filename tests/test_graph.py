@@ -74,6 +74,7 @@ def repository(tmp_path_factory):
         "notebooks",
         "conf",
         "results/study",
+        "results/labels-study",
         "results/flickr8k",
         "results/flickr8k-judgements",
     ):
