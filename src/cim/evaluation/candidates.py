@@ -59,7 +59,7 @@ def score_candidates(
 class FactScorer(Scorer):
     """Searches the gallery by the facts that captions state, counted exactly (cosine), not by embeddings of text.
 
-    A text encoder that read the small world's English without fault would do no better.
+    It shows what the text encoder's confusions cost.
     """
 
     def retrieve(
