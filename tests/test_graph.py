@@ -75,6 +75,8 @@ def repository(tmp_path_factory):
         "conf",
         "results/study",
         "results/labels-study",
+        "results/ablation-study",
+        "results/weak-study",
         "results/flickr8k",
         "results/flickr8k-judgements",
     ):

@@ -241,6 +241,8 @@ def readme(results: Path, profile: str) -> str:
     figures: dict[str, list] = {command: [] for command in COMMANDS.values()}
     for (name, command), (key, caption) in ((c, f) for c in COMMANDS.items() for f in FIGURES.items()):
         stage, stem = key.split("/")
+        if name and stage == "train":  # a study has a curve for each of its many runs
+            continue
         paths = sorted((results / name / stage).glob(f"{stem}.png"))
         figures[command] += [(path.relative_to(results), caption, stage) for path in paths]
     checked = pd.DataFrame(claims(correlation, facts, capture)).set_index("claim")
