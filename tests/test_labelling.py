@@ -72,7 +72,9 @@ def test_a_variant_changes_cim_or_sft():
     assert (changed["sft"], changed["reward"], method) == ({"lr": 1.0, "annotators": {"size": 1.0}}, {"k": 3}, "sft")
     assert with_variant(params | {"variants": variants}, "wide")[1] == "cim"
     with pytest.raises(
-        CimError, match=r"variants.both .* either groups reward, train and encoders .* or group sft \(SFT\)"
+        CimError,
+        match=r"variants.both .* either groups reward, train and encoders \(CIM, or the reward that `of` names\) or "
+        r"group sft \(SFT\), not both",
     ):
         with_variant(params | {"variants": {"both": {"sft": {}, "reward": {}}}}, "few")
 

@@ -156,6 +156,15 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
         cells = [people[score][benchmark]["tau"] for benchmark in ("flickr8k-expert", "flickr8k-cf")]
         return " | ".join(with_interval(cell) for cell in cells)
 
+    def f1(study: str, stage: str, method: str) -> str:
+        found = json.loads(committed(f"results/{study}/{stage}/metrics.json"))["methods"]
+        return f"{100 * found[method]['value']:.1f}"
+
+    terse, unlabelled = (f1("labels-study", "labels", method) for method in ("terse_1200", "cim"))
+    few, some = (
+        [f1("ablation-study", "ablation", f"{rival}_{count}") for rival in ("clipscore", "self_retrieval")]
+        for count in (30, 500)
+    )
     recall = f"relation recall from {percent('base', 'relation_recall')} % to {percent('cim', 'relation_recall')} %"
     answers = f"from {percent('base', 'qa_accuracy')} % to {percent('cim', 'qa_accuracy')} %"
     phrases = {
@@ -164,6 +173,8 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
             answers,
             f"F1 of all facts {percent('sft', 'all_f1')} against {percent('cim', 'all_f1')}",
             f"({percent('self_retrieval', 'all_f1')}) and CLIPScore ({percent('clipscore', 'all_f1')})",
+            f"(F1 {terse} against {unlabelled})",
+            f"(F1 {few[0]} and {few[1]}); with 500 they reach {some[0]} and {some[1]}",
             *map(agreement, ("published", "this pipeline's", "CIDEr-D to references")),
         ],
         "docs/findings.md": [
