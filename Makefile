@@ -23,6 +23,8 @@ export DO_NOT_TRACK = 1
 export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+# Each of many processes would compile PyTorch's and transformers' modules again: 13 s where imports take 5.
+unexport PYTHONDONTWRITEBYTECODE
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2
 

@@ -1,4 +1,4 @@
-"""Starting a run with accelerate, on all devices of this machine or as a configuration file says."""
+"""Starting a run in a process of its own, or in several by accelerate: one a GPU, or as a configuration file says."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def train(run: str, params: dict) -> Iterator[str]:
 
 
 def command(accelerate: str | None, devices: int) -> list[str]:
-    """The command that starts `python -m cim.train`, without its arguments.
+    """The command that starts `cim.train`, without its arguments.
 
     Args:
         accelerate: a configuration file of accelerate (conf/accelerate has some); None for all `devices`, which are
@@ -54,10 +54,11 @@ def command(accelerate: str | None, devices: int) -> list[str]:
     """
     if configuration(accelerate):
         options = ["--config_file", accelerate]
-    else:
-        options = ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
+    elif devices > 1:
+        options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(devices)]
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        options += {0: ["--cpu"], 1: []}.get(devices, ["--multi_gpu"])
+    else:  # one process needs no launcher
+        return [sys.executable, "-m", "cim.train"]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "cim.train"]
 
 
