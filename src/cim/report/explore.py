@@ -1,6 +1,5 @@
 """Trying captions of one image: what they retrieve and how they score, with the widgets of notebooks/explore.ipynb."""
 
-from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -73,7 +72,7 @@ class Explorer:
             sides = self.compare(name, captions, k, beta).to_dict("records")
         except CimError as error:
             return render("explore.html", error=error)
-        return render("explore.html", source=self.source(name)[0], sides=sides, picture=_picture)
+        return render("explore.html", source=self.source(name)[0], sides=sides, picture=thumbnail)
 
     def panel(self, first: str = "reference", second: str = "reference") -> widgets.Widget:
         """Menus, text fields and sliders, and what both captions retrieve; `first` and `second`: their origins."""
@@ -106,8 +105,3 @@ class Explorer:
             for control in controls:
                 control.observe(function, "value")
         return widgets.VBox([*map(widgets.HBox, ([image, other], [k, beta], origins, texts)), shown])
-
-
-def _picture(image: str) -> str | None:
-    with suppress(CimError):
-        return thumbnail(image)
