@@ -46,33 +46,17 @@ class Study:
     pairs: np.ndarray
 
     def scores(self, setting: Setting) -> pd.DataFrame:
-        """GRC, QIR and CIM of each pair, columns grc, qir, cim."""
-        grc, qir = self.grc(setting), self.qir(setting)
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
-
-    def grc(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.gallery_representation_consistency, at any K; weighted where there is a temperature."""
-        rows, similarity = self._retrieved(setting)
-        uniform = np.full(rows.shape, 1 / rows.shape[1])
-        weights = uniform if setting.temperature is None else similarity_weights(similarity, setting.temperature)
-        gallery, _ = self._vectors(setting.center, setting.whiten, setting.rows)
-        return np.linalg.norm(_sums(rows, weights, gallery), axis=1)[self.pairs[:, 0]]
-
-    def qir(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.query_gallery_image_relevance, at any K."""
-        rows, similarity = self._retrieved(setting)
-        if setting.temperature is None:
-            weights = np.tile(rank_weights(rows.shape[1], setting.decay), (len(rows), 1))
-        else:
-            weights = similarity_weights(similarity, setting.temperature)
+        """GRC, QIR and CIM of each pair at any K, columns grc, qir, cim: as the functions of rewards give them."""
+        rows, similarity = (found[:, : setting.k] for found in self._search(setting.text, setting.rows))
         gallery, sources = self._vectors(setting.center, setting.whiten, setting.rows)
+        if setting.temperature is None:
+            ranked = np.broadcast_to(rank_weights(rows.shape[1], setting.decay), rows.shape)
+            mean, summed = (_sums(rows, w, gallery) for w in (np.full(rows.shape, 1 / rows.shape[1]), ranked))
+        else:
+            mean = summed = _sums(rows, similarity_weights(similarity, setting.temperature), gallery)
         caption, source = self.pairs.T
-        return (_sums(rows, weights, gallery) @ sources.T)[caption, source]
-
-    def _retrieved(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """(n, k) gallery images of each caption, nearest text first, and the similarities of the texts."""
-        rows, similarity = self._search(setting.text, setting.rows)
-        return rows[:, : setting.k], similarity[:, : setting.k]
+        grc, qir = np.linalg.norm(mean, axis=1)[caption], (summed @ sources.T)[caption, source]
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _search(self, text: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -147,15 +131,16 @@ def with_intervals(
 
     All scores share their resamples of images.
     """
-    out: dict = {}
-    for score, values in scores.items():
-        for name, rows in grades.items():
-            columns = values[rows["pair"]].to_numpy(float), rows["grade"].to_numpy(float), rows["image"].to_numpy()
-            out.setdefault(score, {})[name] = {
-                "tau": kendall(*columns, np.random.default_rng(seed), resamples, VARIANTS[name]),
-                "within": kendall_within(*columns, np.random.default_rng(seed), resamples),
-            }
-    return out
+
+    def cells(name: str, values: pd.Series) -> dict[str, dict]:
+        rows = grades[name]
+        columns = values[rows["pair"]].to_numpy(float), rows["grade"].to_numpy(float), rows["image"].to_numpy()
+        return {
+            "tau": kendall(*columns, np.random.default_rng(seed), resamples, VARIANTS[name]),
+            "within": kendall_within(*columns, np.random.default_rng(seed), resamples),
+        }
+
+    return {score: {name: cells(name, values) for name in grades} for score, values in scores.items()}
 
 
 def findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> str:
