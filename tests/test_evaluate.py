@@ -181,11 +181,8 @@ def test_answers(said, answer):
 
 
 def test_question_scores():
-    rows = [
-        {"expected": e, "given": g}
-        for e, g in (("Yes", "yes"), ("Yes", "n/a"), ("Yes", "yes"), ("No", "yes"), ("No", "other"), ("Maybe", "yes"))
-    ]
-    assert question_scores(rows) == pytest.approx(
+    rows = [("Yes", "yes"), ("Yes", "n/a"), ("Yes", "yes"), ("No", "yes"), ("No", "other"), ("Maybe", "yes")]
+    assert question_scores(pd.DataFrame(rows, columns=["expected", "given"])) == pytest.approx(
         {
             "accuracy": 2 / 6,
             "balanced": 1 / 3,

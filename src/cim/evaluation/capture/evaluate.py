@@ -78,7 +78,6 @@ def evaluate(
     by_mode = images.groupby(["method", "mode"], sort=False)
     values = {key: rows[fields].to_numpy(float).reshape(-1, len(ids), len(fields)) for key, rows in by_mode}
     means = {key: _means(bootstrap, key[0], value, fields) for key, value in values.items()}
-    left_out = by_mode[fields].agg(lambda column: int(column.isna().sum())).to_dict("index")
     metrics: dict = {
         "benchmark": labels.name,
         "images": len(ids),
@@ -92,8 +91,9 @@ def evaluate(
         "relations": _by_relation(samples, seeds, similarity, bootstrap),
     }
     for (method, mode), cells in means.items():
-        missing = left_out[method, mode]
-        metrics["methods"][method][mode] = {f: mean.cell() | {"left_out": missing[f]} for f, mean in cells.items()}
+        missing = np.isnan(values[method, mode]).sum((0, 1)).tolist()
+        counted = zip(cells.items(), missing, strict=True)
+        metrics["methods"][method][mode] = {field: mean.cell() | {"left_out": n} for (field, mean), n in counted}
     if retrieval is not None:
         metrics["correlations"] = _correlations(images, rng, min(resamples, 200))
     answers = pd.DataFrame()
@@ -103,12 +103,11 @@ def evaluate(
         if reader is not None:
             metrics["reader"] = reader.name
             answers = pd.concat(
-                pd.DataFrame(read_all(reader, of, labels.questions)).assign(method=method, seed=s)
+                read_all(reader, of, labels.questions).assign(method=method, seed=s)
                 for method, own in {**captions, "empty captions": {0: dict.fromkeys(ids, "")}}.items()
                 for s, of in own.items()
             )
-            for method, part in answers.groupby("method", sort=False):
-                metrics["questions"][method] = question_scores(part.to_dict("records"))
+            metrics["questions"] |= {m: question_scores(part) for m, part in answers.groupby("method", sort=False)}
     return Evaluation(metrics, images, answers)
 
 
@@ -204,15 +203,10 @@ def _correlations(images: pd.DataFrame, rng: np.random.Generator, resamples: int
 
 def agreement(first: Sequence[SceneGraph], second: Sequence[SceneGraph]) -> dict[str, float]:
     """F1 of equal objects, (object, attribute) pairs and relations in two parsers' graphs of the same captions."""
-
-    def parts(graph: SceneGraph) -> dict[str, set]:
-        pairs = {(name, word) for name, words in graph.attributes.items() for word in words}
-        return {"objects": set(graph.objects), "attributes": pairs, "relations": set(graph.relations)}
-
-    pairs = [(parts(a), parts(b)) for a, b in zip(first, second, strict=True)]
     out = {}
-    for kind in ("objects", "attributes", "relations"):
-        both = sum(len(a[kind] & b[kind]) for a, b in pairs)
-        total = sum(len(a[kind]) + len(b[kind]) for a, b in pairs)
+    for kind, field in (("objects", "objects"), ("attributes", "pairs"), ("relations", "relations")):
+        sides = [[set(getattr(graph, field)) for graph in graphs] for graphs in (first, second)]
+        both = sum(len(a & b) for a, b in zip(*sides, strict=True))
+        total = sum(map(len, chain(*sides)))
         out[kind] = 2 * both / total if total else float("nan")
     return out

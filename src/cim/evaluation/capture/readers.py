@@ -125,30 +125,23 @@ def load_reader(spec: str) -> Reader:
     raise CimError(f"reader '{spec}': use transformers:NAME or server:URL#MODEL")
 
 
-def read_all(
-    reader: Reader, captions: Mapping[str, str], questions: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, str]]:
+def read_all(reader: Reader, captions: Mapping[str, str], questions: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
     """One row per question: image, question, expected and given answer, which is UNKNOWN for an empty caption."""
-    rows = [
-        {"image": image, "question": question, "expected": expected, "given": UNKNOWN}
-        for image, asked in questions.items()
-        for question, expected in asked.items()
-    ]
-    pending = [row for row in rows if captions[row["image"]].strip()]
-    answers = reader.answer([(captions[row["image"]], row["question"]) for row in pending])
-    for row, answer in zip(pending, answers, strict=True):
-        row["given"] = answer
-    return rows
+    rows = [(i, question, expected, UNKNOWN) for i, asked in questions.items() for question, expected in asked.items()]
+    table = pd.DataFrame(rows, columns=["image", "question", "expected", "given"])
+    said = table["image"].map(captions).str.strip() != ""
+    pairs = zip(table["image"][said].map(captions), table["question"][said], strict=True)
+    table.loc[said, "given"] = reader.answer(list(pairs))
+    return table
 
 
-def question_scores(rows: Sequence[Mapping[str, str]]) -> dict[str, float | int]:
+def question_scores(table: pd.DataFrame) -> dict[str, float | int]:
     """Accuracy as published, and shares that explain it; NaN where no question counts.
 
     Returns:
         accuracy, over all questions, including the few labelled neither Yes nor No (odd_labels counts them); balanced,
         the mean of the accuracies on Yes and on No; yes_rate, unknown and other, shares of answers; questions.
     """
-    table = pd.DataFrame(rows, columns=["expected", "given"])
     expected, given = table["expected"].str.strip().str.lower(), table["given"]
     right = given == expected
     return {
@@ -157,6 +150,6 @@ def question_scores(rows: Sequence[Mapping[str, str]]) -> dict[str, float | int]
         "yes_rate": float((given == YES).mean()),
         "unknown": float((given == UNKNOWN).mean()),
         "other": float((given == OTHER).mean()),
-        "questions": len(rows),
+        "questions": len(table),
         "odd_labels": int((~expected.isin([YES, NO])).sum()),
     }
