@@ -14,11 +14,11 @@ from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
 from cim.encoders import TextEncoder
 from cim.evaluation.caption_metrics import cider
-from cim.evaluation.statistics import Estimate, kendall_within, ratio, resample_weights
+from cim.evaluation.statistics import Estimate, correlation_of_sums, kendall_within, resample_weights
 from cim.rewards import RewardSettings, rank_weights, similarity_weights
 from cim.scorer import Scorer
-from cim.world.scenes import Scene
-from cim.world.scoring import graph_f1, score_captions, stated_facts
+from cim.world import ladders as world
+from cim.world.scoring import stated_facts
 
 
 def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray, str]:
@@ -27,8 +27,7 @@ def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray
     rows = images.get_indexer(candidates["image_id"])
     if not manifest.scenes_known:
         return cider(captions, human_captions(manifest.frame), rows), "CIDEr-D"
-    scenes = manifest.frame["scene"].map(Scene.from_json).to_numpy()[rows]
-    return np.asarray(graph_f1(score_captions(captions, scenes.tolist(), [[]] * len(captions)))), "F1 of facts"
+    return world.quality(captions, manifest.frame["scene"].to_numpy()[rows]), "F1 of facts"
 
 
 def score_candidates(
@@ -106,12 +105,7 @@ def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
 def pearson_within(score: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> Estimate:
     """Pearson's correlation of deviations from each image's means; `weights` (resamples, images) draw images."""
     x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
-    sums = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1)
-
-    def correlation(totals: np.ndarray) -> np.ndarray:
-        return ratio(totals[..., 0], np.sqrt(totals[..., 1] * totals[..., 2]))
-
-    return Estimate(correlation(sums.sum(0)), correlation(weights @ sums))
+    return correlation_of_sums(np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1), weights)
 
 
 def compare_scores(

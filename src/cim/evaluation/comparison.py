@@ -41,7 +41,8 @@ def findings(compared: pd.DataFrame) -> str:
     f1 = compared[compared["metric"] == "all_f1"].assign(name=compared["method"].map(label)).set_index("method")
     rest = f1.drop(index="cim")
     places = [f"{verdict}: {_listed(own['name'].tolist())}" for verdict, own in rest.groupby("verdict", sort=False)]
-    return f"F1 of all facts: {f1.loc['cim', 'name']} {percent(f1.loc['cim'])}. Compared with it, {'; '.join(places)}."
+    cim = f1.loc["cim"]
+    return f"F1 of all facts: {cim['name']} {with_interval(cim)}. Compared with it, {'; '.join(places)}."
 
 
 def verdicts(points: pd.DataFrame, column: str, form: str) -> str:
@@ -52,7 +53,3 @@ def verdicts(points: pd.DataFrame, column: str, form: str) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def percent(row: pd.Series) -> str:
-    return with_interval({"value": row["value"], "interval": (row["low"], row["high"])})
