@@ -235,7 +235,7 @@ def test_a_reader_that_is_not_there(tmp_path):
         load_reader(f"transformers:{tmp_path}/nothing")
     labels = Labels("x", {"a": "an owl"}, {"a": {"an owl?": "Yes"}})
     with pytest.raises(CimError, match="OpenAI-compatible"):
-        read_all(ServerReader("http://127.0.0.1:9/v1", "m", timeout=2), labels.references, labels.questions)
+        read_all(ServerReader("http://127.0.0.1:9/v1", "m"), labels.references, labels.questions)
 
 
 FACTS = {

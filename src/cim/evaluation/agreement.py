@@ -10,11 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
 from cim.evaluation.settings import Setting
-from cim.evaluation.statistics import kendall, kendall_within, side, with_interval
+from cim.evaluation.statistics import kendall, kendall_within
 from cim.gallery.transform import ImageTransform
 from cim.rewards import cim, rank_weights, similarity_weights
 
@@ -80,11 +79,9 @@ class Study:
 
 def _sums(rows: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """(n, d) weighted sums of the (n, k) rows of (N, d) vectors; a row may occur more than once."""
-    n, k = rows.shape
-    sparse = csr_array(
-        (weights.astype(np.float32).ravel(), rows.ravel(), np.arange(0, n * k + 1, k)), (n, len(vectors))
-    )
-    return sparse.toarray() @ vectors  # dense, since k may be as large as N
+    spread = np.zeros((len(rows), len(vectors)), np.float32)  # dense, since k may be as large as N
+    np.add.at(spread, (np.arange(len(rows))[:, None], rows), weights.astype(np.float32))
+    return spread @ vectors
 
 
 def judged_pairs(judgements: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
@@ -112,15 +109,11 @@ def first_half(images: pd.Series, seed: int) -> set[str]:
 
 def agreement(scores: pd.DataFrame, grades: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Kendall's tau of each column of scores (a row a pair): a row a score, a column a benchmark, and their mean."""
-    table = pd.DataFrame(
-        {
-            name: {
-                score: kendalltau(values[rows["pair"]], rows["grade"], variant=VARIANTS[name]).statistic
-                for score, values in scores.items()
-            }
-            for name, rows in grades.items()
-        }
-    )
+
+    def tau(values: pd.Series, name: str) -> float:
+        return kendalltau(values[grades[name]["pair"]], grades[name]["grade"], variant=VARIANTS[name]).statistic
+
+    table = pd.DataFrame({name: scores.apply(tau, name=name) for name in grades})
     return table.assign(mean=table.mean(axis=1))
 
 
@@ -141,28 +134,3 @@ def with_intervals(
         }
 
     return {score: {name: cells(name, values) for name in grades} for score, values in scores.items()}
-
-
-def findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> str:
-    """What the study found, in Markdown.
-
-    Args:
-        cells: of `with_intervals`, with scores "published", "chosen" and "text similarity to references".
-    """
-
-    def both(score: str, what: str = "tau") -> str:
-        return " and ".join(with_interval(cells[score][name][what]) for name in VARIANTS)
-
-    places = []
-    for name, benchmark in zip(VARIANTS, ("Expert", "CrowdFlower"), strict=True):
-        reported = REPORTED.loc["CLIPScore", name]
-        place = side(cells["chosen"][name]["tau"]["interval"], reported / 100)
-        places.append(f"{place.replace('able', 'able from')} its {reported} on {benchmark}")
-    return (
-        f"On photos that nothing was chosen on, the published reward agrees with people at {both('published')} (100 "
-        f"tau, Flickr8k-Expert and CrowdFlower), the chosen setting at {both('chosen')}. Within one photo these are "
-        f"{both('published', 'within')} against {both('chosen', 'within')}. Compared with what is reported for "
-        f"CLIPScore, a model trained on pairs of images and texts, the chosen setting is {' and '.join(places)}. The "
-        f"text encoder's similarity to the photo's own human captions, which a reward does not have, reaches "
-        f"{both('text similarity to references')}."
-    )

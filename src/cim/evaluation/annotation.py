@@ -10,24 +10,15 @@ import pandas as pd
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.statistics import Bootstrap, ratio, with_interval
 
-# Attributes of one kind exclude each other, unless they mean the same: kind -> meaning -> words.
+# Attributes of one kind exclude each other, unless they mean the same: words between two commas.
 KINDS = {
-    "colour": {
-        "black": "black", "white": "white", "gray": "gray grey silver", "red": "red", "orange": "orange",
-        "yellow": "yellow golden gold blond blonde", "brown": "brown tan beige", "green": "green", "blue": "blue",
-        "purple": "purple violet", "pink": "pink",
-    },
-    "size": {"small": "small little tiny", "large": "large big huge giant"},
-    "number": {
-        "2": "2 two", "3": "3 three", "4": "4 four", "5": "5 five", "6": "6 six", "7": "7 seven", "8": "8 eight",
-        "9": "9 nine", "10": "10 ten", "11": "11 eleven", "12": "12 twelve",
-    },
-}  # fmt: skip
+    "colour": "black, white, gray grey silver, red, orange, yellow golden gold blond blonde, brown tan beige, green, "
+    "blue, purple violet, pink",
+    "size": "small little tiny, large big huge giant",
+    "number": "2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve",
+}
 MEANING = {
-    word: (kind, meaning)
-    for kind, meanings in KINDS.items()
-    for meaning, words in meanings.items()
-    for word in words.split()
+    word: (kind, alike) for kind, meanings in KINDS.items() for alike in meanings.split(", ") for word in alike.split()
 }
 
 

@@ -5,6 +5,7 @@ Arrays are (images, captions), one row an image with as many captions as every o
 
 from collections.abc import Mapping, Sequence
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
-from cim.encoders import TextEncoder
 from cim.evaluation.caption_metrics import cider
 from cim.evaluation.statistics import Estimate, correlation_of_sums, kendall_within, resample_weights
 from cim.rewards import RewardSettings, rank_weights, similarity_weights
@@ -41,8 +41,10 @@ def score_candidates(
         candidates: columns image_id, caption and, if known, likelihood; the scorer has these images.
     """
     captions, ids = candidates["caption"].tolist(), candidates["image_id"].tolist()
-    scorer = scorer.at(scorer.settings)
-    scorer.text = _Encoded(scorer.text, captions)
+    distinct = pd.Index(captions).unique()
+    vectors, scorer = scorer.text.encode(distinct.tolist()), scorer.at(scorer.settings)
+    # All settings share these embeddings.
+    scorer.text = SimpleNamespace(encode=lambda texts: vectors[distinct.get_indexer(texts)])
     own = scorer.retrieval_scores(captions, ids)
     scores = {name: own[name] for name in ("cim", "grc", "qir")}
     scores |= {name: scorer.at(settings).retrieval_scores(captions, ids)["cim"] for name, settings in rewards.items()}
@@ -75,17 +77,6 @@ class FactScorer(Scorer):
         if s.temperature is None:
             return rows, rank_weights(self.k, s.decay)
         return rows, similarity_weights(np.take_along_axis(similarity, rows, 1), s.temperature)
-
-
-class _Encoded:
-    """A text encoder that has these captions encoded already, once for all settings."""
-
-    def __init__(self, encoder: TextEncoder, captions: list[str]):
-        self.device, distinct = encoder.device, list(dict.fromkeys(captions))
-        self._vectors = dict(zip(distinct, encoder.encode(distinct), strict=True))
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return np.stack([self._vectors[text] for text in texts])
 
 
 def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:

@@ -76,11 +76,6 @@ def extremes(images: pd.DataFrame, method: str, shown: int = 4) -> pd.DataFrame:
     return pd.concat([gain.head(shown), gain.tail(shown)]).rename("gain").reset_index()
 
 
-def with_controls(captions: Captions) -> Captions:
-    """The captions and an empty one of every image, which shows what the form of the questions gives away."""
-    return {**captions, "empty": {0: dict.fromkeys(captions["base"][0], "")}}
-
-
 def fact_counts(captions: Mapping[str, str], manifest: Manifest) -> pd.DataFrame:
     """What each caption states and answers, one row an image, sorted by image_id.
 

@@ -15,6 +15,12 @@ class BootstrapSettings(Settings):
     resamples: PositiveInt
 
 
+class StudySettings(BootstrapSettings):
+    """That of a study, with enough resamples for its tables."""
+
+    resamples: int = Field(ge=100)
+
+
 class CorrelationSettings(BootstrapSettings):
     """The `correlation` group."""
 
@@ -26,7 +32,7 @@ class CorrelationSettings(BootstrapSettings):
     model_captions: bool = False
 
 
-class SamplesSettings(Settings):
+class SamplesSettings(StudySettings):
     """The `samples` group.
 
     Attributes:
@@ -44,17 +50,13 @@ class SamplesSettings(Settings):
     models: Names
     rewards: dict[str, RewardSettings] = Field(default_factory=dict)
     best_of: list[PositiveInt] = Field(min_length=1)
-    temperature: PositiveFloat = 1.0
-    seed: int = 0
-    resamples: int = Field(1000, ge=100)
+    temperature: PositiveFloat
 
 
-class AblationSettings(Settings):
+class AblationSettings(StudySettings):
     """The `ablation` group; `of` is the split whose captions are compared, or none."""
 
     of: list[str] = Field(max_length=1)
-    seed: NonNegativeInt
-    resamples: int = Field(ge=100)
 
 
 class LabelSettings(AblationSettings):
@@ -72,7 +74,7 @@ class LabelSettings(AblationSettings):
     annotators: int = Field(ge=2)
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(StudySettings):
     """The `evaluate` group.
 
     Attributes:
@@ -83,8 +85,6 @@ class EvaluateSettings(Settings):
     splits: Names
     parser: Literal["world", "pattern", "factual"]
     encoder: str
-    seed: NonNegativeInt
-    resamples: int = Field(ge=100)
     reader: str | None = None
     wordnet: bool = True
     identification: str | None = None

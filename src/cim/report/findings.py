@@ -68,17 +68,13 @@ def verdicts(correlation: Mapping) -> pd.DataFrame:
 
     Yes where it rises over every step to the next grade, paired by image, no where it falls over one.
     """
-    rows = [
-        (score, ladder, f"{cell['up']} of {cell['steps']} steps up", ladder in CLAIMED.get(score, ()), _rises(**cell))
-        for ladder, scores in correlation["spearman"].items()
-        for score, cell in scores.items()
-        if ladder != "model"
-    ]
+    rows = []
+    for ladder, scores in correlation["spearman"].items():
+        for score, cell in scores.items() if ladder != "model" else ():
+            holds = "no" if cell["down"] else "yes" if cell["up"] == cell["steps"] else UNDECIDED
+            claimed, measured = ladder in CLAIMED.get(score, ()), f"{cell['up']} of {cell['steps']} steps up"
+            rows.append((score, ladder, measured, claimed, holds))
     return pd.DataFrame(rows, columns=["score", "ladder", "measured", "claimed", "verdict"])
-
-
-def _rises(steps: int, up: int, down: int, **_: Any) -> str:
-    return "no" if down else "yes" if up == steps else UNDECIDED
 
 
 def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
@@ -94,10 +90,9 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
     ]
     compared, strict, counted = _compared(capture, "cim"), in_mode(capture, "strict"), _counted(facts)
     for name, title in (("capture", "CAPTURE"), ("relation_recall", "relation recall")):
-        if name in compared:
-            row = compared[name]
-            holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
+        if row := compared.get(name):
             claim = f"CIM raises {title} (strict), p < 0.05 after Holm's correction"
+            holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
             rows.append((claim, _change(strict, "cim", name), holds))
     if "cim" in counted:
         cim, base = counted["cim"], counted["base"]["relation_recall"]["value"] or float("nan")
@@ -170,47 +165,46 @@ def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame, 
         table, attacked, chosen: of cim.evaluation.candidates.compare_scores, of cim.evaluation.attacks.preferred, and
             of cim.evaluation.candidates.choose_setting.
     """
-    said = []
+    models = {}
     for model, rows in table.groupby("model", sort=False):
         cells = dict(rows.set_index(["score", "metric"]).iterrows())
         most = max(int(metric.removeprefix("gain_")) for _, metric in cells if metric.startswith("gain_"))
         scores = [score for score in rows["score"].unique() if score != "quality"]
-        best = max(scores, key=lambda score: cells[score, "tau"]["value"])
-        shown = {score: with_interval(cells[score, "tau"], 1, 2) for score in (best, "cim")}
-        gains = {score: with_interval(cells[score, f"gain_{most}"], 1, 3) for score in (best, "cim", "quality")}
-        said.append(
-            f"Captions of `{model}`: {best} agrees best with {measure} within an image (tau {shown[best]}; cim "
-            f"{shown['cim']}). The best of {most} by {best} gains {gains[best]} over a random caption, by cim "
-            f"{gains['cim']}; by the truth {gains['quality']}."
-        )
-    taus = (
-        f"{name} {', '.join(f'{with_interval(cell, 1, 2)} ({model})' for model, cell in cells.items())}"
-        for name, cells in chosen["tau"].items()
-    )
-    said.append(
-        f"Of the settings of the reward, {chosen['setting']} agrees best on a random half of the images; tau on the "
-        f"other half: {'; '.join(taus)}."
-    )
-    worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last()
-    worst = [f"{r.Index} ({r.attack}: {r.share:.0%})" for r in worst.sort_values("share").itertuples()]
-    said.append(f"The attack that each score prefers to the honest caption most often: {', '.join(worst)}.")
-    return " ".join(said)
+        models[model] = max(scores, key=lambda score: cells[score, "tau"]["value"]), most, cells
+    worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last().sort_values("share")
+    values = {"models": models, "measure": measure, "chosen": chosen, "worst": list(worst.itertuples())}
+    return _sentences("samples.md", **values, number=with_interval)
+
+
+def judgement_findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]], reported: pd.DataFrame) -> str:
+    """What stage judgements found.
+
+    Args:
+        cells: of cim.evaluation.agreement.with_intervals, with scores "published", "chosen" and "text similarity to
+            references".
+        reported: of cim.evaluation.agreement: 100 tau of other metrics by benchmark.
+    """
+
+    def both(score: str, what: str = "tau") -> str:
+        return " and ".join(with_interval(cells[score][name][what]) for name in reported)
+
+    places = []
+    for name, benchmark in zip(reported, ("Expert", "CrowdFlower"), strict=True):
+        clipscore = reported.loc["CLIPScore", name]
+        place = side(cells["chosen"][name]["tau"]["interval"], clipscore / 100)
+        places.append(f"{place.replace('able', 'able from')} its {clipscore} on {benchmark}")
+    return _sentences("judgements.md", both=both, places=places)
 
 
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
-    hold, failed, open_ = (
-        [f"{r['claim']} ({r['measured']})" for r in rows if r["verdict"] == name] for name in ("yes", "no", UNDECIDED)
-    )
-    rest = f"These do not: {'; '.join(failed)}." if failed else "None fails."
-    if open_:
-        rest += f" The intervals leave these open: {'; '.join(open_)}."
     method, strict = trained_method(capture["methods"]), in_mode(capture, "strict")
-    return (
-        f"Of the {len(rows)} claims of the paper that these results can test, {len(hold)} hold. {rest} "
-        f"With {label(method)}, strict CAPTURE goes from {_change(strict, method, 'capture')} and caption length from "
-        f"{_change(strict, method, 'words')} words."
-    )
+    said = {
+        name: [f"{r['claim']} ({r['measured']})" for r in rows if r["verdict"] == name]
+        for name in ("yes", "no", UNDECIDED)
+    }
+    changes = {name: _change(strict, method, name) for name in ("capture", "words")}
+    return _sentences("claims.md", total=len(rows), label=label(method), **said, **changes)
 
 
 def comparison_table(path: Path) -> pd.DataFrame:

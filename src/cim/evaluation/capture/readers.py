@@ -13,6 +13,7 @@ from cim.captioners.models import loading
 from cim.errors import CimError
 from cim.processes import default_device
 
+AT_ONCE = 8  # requests to a server
 YES, NO, UNKNOWN, OTHER = "yes", "no", "n/a", "other"
 PROMPT = """Read the description of an image and answer the question from it alone.
 Description: {caption}
@@ -55,17 +56,17 @@ class TransformersReader:
         CimError: where it cannot be loaded.
     """
 
-    def __init__(self, model: str, device: str | None = None, batch: int = 32, max_new_tokens: int = 8):
+    def __init__(self, model: str, batch: int = 32):
         from transformers import pipeline
 
         with loading(f"reader '{model}'"):
-            self._generate = pipeline("text-generation", model, dtype="auto", device=device or default_device())
+            self._generate = pipeline("text-generation", model, dtype="auto", device=default_device())
         if self._generate.tokenizer.pad_token is None:
             self._generate.tokenizer.pad_token = self._generate.tokenizer.eos_token
         self.name = f"transformers:{model}"
         self._options = {
             "batch_size": batch,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": 8,
             "do_sample": False,
             "return_full_text": False,
             "tokenizer_encode_kwargs": {"enable_thinking": False},  # read by Qwen3's template, ignored by others
@@ -87,19 +88,18 @@ class ServerReader:
         CimError: from `answer`, where the server cannot be reached or sends no completion.
     """
 
-    def __init__(self, url: str, model: str, at_once: int = 8, key: str = "none", timeout: float = 120):
-        self.name, self._at_once, self._url = f"server:{model}", at_once, f"{url.rstrip('/')}/chat/completions"
-        self._request = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": timeout}
+    def __init__(self, url: str, model: str):
+        self.name, self._url = f"server:{model}", f"{url.rstrip('/')}/chat/completions"
         no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
         self._body = {"model": model, "temperature": 0, "max_tokens": 8, **no_thinking}
 
     def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        with ThreadPoolExecutor(self._at_once) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(tqdm(pool.map(self._ask, pairs), total=len(pairs), desc="reading", mininterval=2))
 
     def _ask(self, pair: tuple[str, str]) -> str:
         try:
-            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, **self._request)
+            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, timeout=120)
             response.raise_for_status()
             return parse_answer(response.json()["choices"][0]["message"]["content"])
         except (requests.RequestException, LookupError, AttributeError, TypeError, ValueError) as error:
