@@ -93,20 +93,14 @@ def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
     return shared.reshape(score.shape) @ chance
 
 
-def pearson_within(score: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> Estimate:
-    """Pearson's correlation of deviations from each image's means; `weights` (resamples, images) draw images."""
-    x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
-    return correlation_of_sums(np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1), weights)
-
-
 def compare_scores(
     scores: Mapping[str, np.ndarray], quality: np.ndarray, best: list[int], seed: int = 0, resamples: int = 1000
 ) -> pd.DataFrame:
     """How each score agrees with quality within images, and the mean quality of what it chooses.
 
     Returns:
-        Columns score, metric, value, low, high; metrics are tau, pearson, best_N, and gain_N, the gain of best_N over a
-        random caption, paired by image. Intervals at 95 % over images.
+        Columns score, metric, value, low, high; metrics are tau, pearson (of deviations from each image's means),
+        best_N, and gain_N, the gain of best_N over a random caption, paired by image. Intervals at 95 % over images.
     """
     weights = resample_weights(len(quality), resamples, np.random.default_rng(seed))
     images, rows = np.repeat(np.arange(len(quality)), quality.shape[1]), []
@@ -114,8 +108,9 @@ def compare_scores(
     for name, score in scores.items():
         rng = np.random.default_rng(seed)
         tau = kendall_within(score.ravel(), quality.ravel(), images, rng, resamples)
-        pearson = pearson_within(score, quality, weights).cell()
-        cells = {"tau": tau, "pearson": pearson}
+        x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
+        sums = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1)
+        cells = {"tau": tau, "pearson": correlation_of_sums(sums, weights).cell()}
         for n in best:
             chosen = best_of(n, score, quality)
             for metric, values in (("best", chosen), ("gain", chosen - random)):
@@ -150,8 +145,5 @@ def choose_setting(
         return kendall_within(*pair, images, np.random.default_rng(seed), resamples)
 
     best = max(settings, key=lambda name: np.mean([tau(model, name, chosen_on)["value"] for model in scores]))
-    shown = dict.fromkeys((best, "cim"))
-    return {
-        "setting": best,
-        "tau": {name: {model: tau(model, name, reported_on) for model in scores} for name in shown},
-    }
+    taus = {name: {model: tau(model, name, reported_on) for model in scores} for name in dict.fromkeys((best, "cim"))}
+    return {"setting": best, "tau": taus}

@@ -1,6 +1,7 @@
 """Methods compared with CIM on the facts that their captions state."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 
@@ -25,12 +26,10 @@ def compare(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resampl
     """
     found = evaluate({"cim": counts["cim"], **counts}, seed, resamples)
     rows = []
-    for method in in_order(found):
-        for metric in METRICS:
-            cell = found[method]["metrics"][metric]
-            difference = cell.get("gain", 0.0), *cell.get("gain_interval", (0.0, 0.0))
-            own = cell["value"], *cell["interval"], *difference, side(difference[1:])
-            rows.append((method, len(counts[method]), metric, *own))
+    for method, metric in product(in_order(found), METRICS):
+        cell = {"gain": 0.0, "gain_interval": (0.0, 0.0)} | found[method]["metrics"][metric]
+        numbers = cell["value"], *cell["interval"], cell["gain"], *cell["gain_interval"]
+        rows.append((method, len(counts[method]), metric, *numbers, side(cell["gain_interval"])))
     columns = ["method", "seeds", "metric", "value", "low", "high"]
     columns += ["difference", "difference_low", "difference_high", "verdict"]
     return pd.DataFrame(rows, columns=columns)

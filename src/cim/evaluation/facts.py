@@ -165,9 +165,8 @@ def human_counts(captions: Captions, manifest: Manifest, encoder: str) -> dict[s
         manifest: images with several human captions each, as Flickr8k's.
         encoder: the sentence encoder of identification; one that no reward used.
     """
-    human = HumanCaptions(
-        human_captions(manifest.frame), load_text_encoder(encoder, precision="bfloat16").encode, load_wordnet()
-    )
+    encode = load_text_encoder(encoder, precision="bfloat16").encode
+    human = HumanCaptions(human_captions(manifest.frame), encode, load_wordnet())
     ids = manifest.frame["image_id"]
     return {m: {seed: human.compare([of[i] for i in ids]) for seed, of in runs.items()} for m, runs in captions.items()}
 

@@ -10,8 +10,8 @@ left out of Flickr8k's, and agreement is Kendall's tau-c over single grades, for
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,8 +29,7 @@ DAMAGED = 0.05  # share of a file's lines that may be damaged
 COMPOSITE = {"8k": 3, "30k": 4, "coco": 4}  # part to candidate captions per image
 
 
-@dataclass(frozen=True)
-class Judgements:
+class Judgements(NamedTuple):
     """Captions of images and their human judgements.
 
     Attributes:
@@ -111,7 +110,7 @@ def pascal50s(folder: Path) -> Judgements:
             rows += [(i, s, image, sides[s], int(votes[1] > votes[0]), CATEGORIES[int(category)]) for s in (0, 1)]
         if not rows:
             raise ValueError("no pair with a majority")
-    except (KeyError, ValueError, TypeError, AttributeError, MatReadError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, MatReadError) as error:
         raise CimError(f"{folder}: the .mat files are not in Pascal-50S's layout ({error})") from None
     frame = pd.DataFrame(rows, columns=["pair", "side", "image", "caption", "preferred", "category"])
     frame = _with_paths(frame, folder)

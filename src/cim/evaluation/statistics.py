@@ -165,10 +165,8 @@ def kendall_within(
 
 def correlation_of_sums(sums: np.ndarray, weights: np.ndarray) -> Estimate:
     """A correlation by each image's sums of products and of both squares, (images, 3); `weights` draw images."""
-    value, samples = (
-        ratio(total[..., 0], np.sqrt(total[..., 1] * total[..., 2])) for total in (sums.sum(0), weights @ sums)
-    )
-    return Estimate(value, samples)
+    totals = sums.sum(0), weights @ sums
+    return Estimate(*(ratio(total[..., 0], np.sqrt(total[..., 1] * total[..., 2])) for total in totals))
 
 
 def holm(p: list[float]) -> list[float]:

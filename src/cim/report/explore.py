@@ -10,7 +10,7 @@ from cim.errors import CimError
 from cim.files import read_json
 from cim.report.pages import render, thumbnail
 from cim.rewards import RewardSettings
-from cim.scorer import Scorer, load_scorer
+from cim.scorer import load_scorer
 
 LISTED = 1000  # images in the menu; any other can be typed
 
@@ -60,7 +60,7 @@ class Explorer:
         Raises:
             CimError: where the image cannot be read, or the gallery is too small for k.
         """
-        scorer = Scorer(self.gallery, self.scorer.text, self.scorer.image, RewardSettings(k=k, beta=beta))
+        scorer = self.scorer.at(RewardSettings(k=k, beta=beta))
         scorer.add_images({name: self.source(name)[0]})
         scores, found = scorer.scores_and_rows(captions, [name] * len(captions))
         retrieved = [self.gallery.take(rows[rows >= 0]).to_dict("records") for rows in found]

@@ -3,6 +3,7 @@
 import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -83,11 +84,10 @@ def levels_figure(levels: pd.DataFrame, title: str = "") -> Figure:
     scores = [s for s in SCORE_LABELS if s in set(levels["score"])]
     ladders = [x for x in ("fineness", "accuracy") if x in set(levels["ladder"])]
     figure, axes = _panels(len(ladders) * len(scores), len(scores), 2.7, 3.1)
-    for i, (ladder, score) in enumerate((ladder, score) for ladder in ladders for score in scores):
+    for i, (ladder, score) in enumerate(product(ladders, scores)):
         part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
         row, column = divmod(i, len(scores))
-        color = sns.color_palette()[row]
-        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=color, capsize=3)
+        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=f"C{row}", capsize=3)
         axes[i].set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
         axes[i].set_title(SCORE_LABELS[score] if row == 0 else "")
         axes[i].set_ylabel({"fineness": "finer →", "accuracy": "more accurate →"}[ladder] if column == 0 else "")
@@ -250,8 +250,8 @@ def attacks_figure(table: pd.DataFrame) -> Figure:
 def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
     """Mean quality of the caption that each score chooses among N: one panel a model; arguments as agreement_figure."""
     best = table[table["metric"].str.startswith("best_")]
-    best = best.assign(n=best["metric"].str.removeprefix("best_").astype(int))
-    best = best.assign(score=best["score"].map(score_label))
+    numbers = best["metric"].str.removeprefix("best_").astype(int)
+    best = best.assign(n=numbers, score=best["score"].map(score_label))
     models = best["model"].unique()
     figure, axes = _panels(len(models), 3, 3.6, 3.4, sharey=True)
     for ax, model in zip(axes, models, strict=True):

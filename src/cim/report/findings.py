@@ -122,16 +122,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 def correlation_findings(correlation: Mapping) -> str:
     """What stage correlation found, in three to six sentences."""
-    table = verdicts(correlation)
-    said = [f"{r.score.upper()} by {r.ladder} ({r.measured})" for r in table.itertuples()]
-    said, claimed = pd.Series(said, dtype=object), table["claimed"]
-    return _sentences(
-        "correlation.md",
-        **correlation,
-        **{name: said[claimed & (table["verdict"] == name)].tolist() for name in ("yes", "no", UNDECIDED)},
-        other=said[~claimed & (table["score"] == "grc")].tolist(),
-        tau=tau,
-    )
+    return _sentences("correlation.md", **correlation, rows=verdicts(correlation).to_dict("records"), tau=tau)
 
 
 def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
@@ -199,12 +190,8 @@ def judgement_findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]],
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
     method, strict = trained_method(capture["methods"]), in_mode(capture, "strict")
-    said = {
-        name: [f"{r['claim']} ({r['measured']})" for r in rows if r["verdict"] == name]
-        for name in ("yes", "no", UNDECIDED)
-    }
     changes = {name: _change(strict, method, name) for name in ("capture", "words")}
-    return _sentences("claims.md", total=len(rows), label=label(method), **said, **changes)
+    return _sentences("claims.md", rows=rows, label=label(method), **changes)
 
 
 def comparison_table(path: Path) -> pd.DataFrame:

@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import pandas as pd
 import requests
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from cim.captioners.models import loading
 from cim.errors import CimError
 from cim.processes import default_device
 
-AT_ONCE = 8  # requests to a server
 YES, NO, UNKNOWN, OTHER = "yes", "no", "n/a", "other"
 PROMPT = """Read the description of an image and answer the question from it alone.
 Description: {caption}
@@ -94,8 +93,7 @@ class ServerReader:
         self._body = {"model": model, "temperature": 0, "max_tokens": 8, **no_thinking}
 
     def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(tqdm(pool.map(self._ask, pairs), total=len(pairs), desc="reading", mininterval=2))
+        return thread_map(self._ask, pairs, max_workers=8, desc="reading", mininterval=2)
 
     def _ask(self, pair: tuple[str, str]) -> str:
         try:
