@@ -10,6 +10,7 @@ from cim.evaluation import agreement
 from cim.evaluation.agreement import Study
 from cim.evaluation.settings import Setting
 from cim.gallery.transform import ImageTransform
+from cim.report import findings
 
 CAPTIONS, SOURCES, ROWS, TEXTS, DIM = 7, 5, 40, 3, 6
 
@@ -142,5 +143,6 @@ def test_intervals_contain_their_values_and_within_compares_captions_of_one_imag
 def test_the_findings_compare_with_clipscore_by_interval(interval, expected):
     cell = {"value": sum(interval) / 2, "interval": interval}
     names = ("published", "chosen", "text similarity to references")
-    text = agreement.findings({name: {b: {"tau": cell, "within": cell} for b in agreement.VARIANTS} for name in names})
+    cells = {name: {b: {"tau": cell, "within": cell} for b in agreement.VARIANTS} for name in names}
+    text = findings.judgement_findings(cells, agreement.REPORTED)
     assert f"{expected} its 51.2 on Expert and {expected} its 34.4 on CrowdFlower" in text

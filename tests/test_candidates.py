@@ -1,6 +1,6 @@
 """Several captions of one image: choosing among them, and how scores agree with their quality."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
@@ -102,6 +102,22 @@ def test_figures_show_every_model_and_score(table):
     assert [tick.get_text() for tick in agreement.axes[0].get_yticklabels()] == ["words", "CIM = GRC + QIR"]
     legend = [text.get_text() for text in best.axes[-1].get_legend().get_texts()]
     assert legend == ["CIM = GRC + QIR", "words", "quality"]
+
+
+def test_the_figure_of_agreement_grows_with_its_scores(table):
+    """Labels keep their distance; a second row of models takes nothing from the first, where the legend is."""
+    few = figures.agreement_figure(table, "F1")
+    cells = table[(table["model"] == "cim-0") & (table["score"] == "words")]
+    rows = [cells.assign(model=f"m{i}", score=f"score {j}") for i in range(4) for j in range(23)]
+    many = figures.agreement_figure(pd.concat(rows), "F1")
+    assert few.get_figheight() == pytest.approx(3.4)
+    many.canvas.draw()
+    axes = [ax for ax in many.axes if ax.get_visible()]
+    assert len({round(ax.get_position().width, 3) for ax in axes}) == 1
+    assert [ax.get_legend() is not None for ax in axes] == [False, False, True, False]
+    boxes = [label.get_window_extent() for label in axes[0].get_yticklabels()]
+    assert all(low.y1 < high.y0 for low, high in pairwise(boxes))
+    assert all(ax.get_xticklabels()[0].get_visible() for ax in axes)
 
 
 def test_findings_name_the_best_score_and_the_worst_attack(table):

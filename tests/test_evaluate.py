@@ -181,11 +181,8 @@ def test_answers(said, answer):
 
 
 def test_question_scores():
-    rows = [
-        {"expected": e, "given": g}
-        for e, g in (("Yes", "yes"), ("Yes", "n/a"), ("Yes", "yes"), ("No", "yes"), ("No", "other"), ("Maybe", "yes"))
-    ]
-    assert question_scores(rows) == pytest.approx(
+    rows = [("Yes", "yes"), ("Yes", "n/a"), ("Yes", "yes"), ("No", "yes"), ("No", "other"), ("Maybe", "yes")]
+    assert question_scores(pd.DataFrame(rows, columns=["expected", "given"])) == pytest.approx(
         {
             "accuracy": 2 / 6,
             "balanced": 1 / 3,
@@ -238,7 +235,7 @@ def test_a_reader_that_is_not_there(tmp_path):
         load_reader(f"transformers:{tmp_path}/nothing")
     labels = Labels("x", {"a": "an owl"}, {"a": {"an owl?": "Yes"}})
     with pytest.raises(CimError, match="OpenAI-compatible"):
-        read_all(ServerReader("http://127.0.0.1:9/v1", "m", timeout=2), labels.references, labels.questions)
+        read_all(ServerReader("http://127.0.0.1:9/v1", "m"), labels.references, labels.questions)
 
 
 FACTS = {

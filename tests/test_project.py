@@ -1,5 +1,6 @@
 """The project's own files against each other."""
 
+import io
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -191,6 +193,69 @@ def test_the_sentences_of_readme_and_findings_have_the_studys_figures():
         text = " ".join((ROOT / name).read_text().split())
         for phrase in wanted:
             assert phrase in text, f"{name}: {phrase}"
+
+
+def test_the_tables_of_the_ablation_and_weak_studies_are_those_of_their_files():
+    """Rows of tables and sentences of docs/findings.md, made from the committed CSV files."""
+
+    def read(name: str) -> pd.DataFrame:
+        return pd.read_csv(io.StringIO(committed(f"results/{name}.csv")))
+
+    def points(study: pd.DataFrame, method: str, metric: str = "all_f1") -> tuple[str, str, str]:
+        """Value and difference to CIM with their intervals, and the verdict."""
+        row = study[study["metric"] == metric].set_index("method").loc[method]
+        gain = {"value": row["difference"], "interval": row[["difference_low", "difference_high"]]}
+        value = with_interval({"value": row["value"], "interval": row[["low", "high"]]})
+        return value, f"{'+' if row['difference'] > 0 else ''}{with_interval(gain)}", row["verdict"]
+
+    ablation, weak, repeated = map(read, ("ablation-study/ablation/ablation", "weak-study/ablation/ablation",
+                                          "weak-study/ablation/collapse"))  # fmt: skip
+    wanted = []
+    for scenes, suffix in (("30", "_30"), ("100", "_100"), ("500", "_500"), ("5,700", "")):
+        rivals = (points(ablation, f"{rival}{suffix}") for rival in ("clipscore", "self_retrieval"))
+        wanted.append(f"| {scenes} | {' | '.join(f'{value}, {verdict}' for value, _, verdict in rivals)} |")
+    samples = read("ablation-study/samples/samples").query("metric == 'tau'")
+    stage = samples["model"].str.rsplit("-").str[0]
+    tau = samples.pivot_table("value", "score", stage)[["base", "cim_half", "cim"]]
+    names = {
+        "CIM": "cim",
+        "GRC": "grc",
+        "CIM where the gallery is searched by exact facts": "cim, exact facts",
+        "K = 20, equal weights, half-whitened": "K = 20, uniform, half-whitened",
+        "all gallery images, softmax weights, half-whitened": "all, softmax weights, half-whitened",
+        "CLIPScore": "clipscore",
+        "self-retrieval": "self_retrieval",
+        "likelihood": "likelihood",
+        "words": "words",
+    }
+    wanted += [f"| {name} | {' | '.join(f'{v:.2f}' for v in tau.loc[score])} |" for name, score in names.items()]
+    whole = [points(ablation, "whole", f"all_{metric}")[1] for metric in ("f1", "recall", "precision")]
+    wanted += [
+        f"against CIM's {points(ablation, 'cim')[0]}:",
+        f"({whole[0]}; recall {whole[1].partition(' ')[0]}, precision {whole[2]})",
+        f"half-whitened images ({points(ablation, 'whitened')[1]})",
+        f"by batch ({points(ablation, 'batch_scaled')[1]})",
+        f"K = 10 with decay 0.9 ({points(ablation, 'k10')[1]})",
+        f"centred images ({points(ablation, 'centred')[1]})",
+        f"8 images of 10 captions ({points(ablation, 'group_10')[1]})",
+        f"authors' code: {points(ablation, 'source_in')[1]}",
+        f"(35 steps) gives {points(ablation, 'cim_half')[0]}",
+        f"(F1 {points(weak, 'base')[0]})",
+        f"({points(weak, 'cim')[0]})",
+        f"together F1 is {points(weak, 'guarded')[0]} ({points(weak, 'guarded')[1]})",
+        f"penalty alone {points(weak, 'repetition')[0]}, with KL alone {points(weak, 'kl_10')[0]}",
+    ]
+    share = repeated[repeated["method"] == "cim"]["repetition"]
+    others = repeated[~repeated["method"].isin(["base", "cim"])]["repetition"]
+    rest = sorted([*others, *share.sort_values()[:-1]])
+    wanted.append(
+        f"({100 * share.max():.0f} % of its word pairs, against {100 * rest[0]:.0f} to {100 * rest[-1]:.0f} %)"
+    )
+    copied = read("ablation-study/samples/attacks").query("attack == 'copied'").set_index("score")["share"]
+    wanted.append(f"nearest gallery image's in {100 * copied['all, softmax weights, half-whitened']:.0f} %")
+    assert {points(weak, method)[2] for method in ("guarded", "repetition", "kl_10")} == {"not distinguishable"}
+    text = " ".join((ROOT / "docs/findings.md").read_text().split())
+    assert [phrase for phrase in wanted if phrase not in text] == []
 
 
 def test_the_readmes_table_of_scale_is_that_of_the_committed_benchmark():

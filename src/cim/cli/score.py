@@ -82,14 +82,14 @@ def _rerank(arguments: argparse.Namespace) -> None:
 
 def _judge(arguments: argparse.Namespace) -> None:
     from cim.evaluation.judgements import agreement_with_people, load_judgements
-    from cim.evaluation.settings import JudgeSettings
+    from cim.evaluation.settings import BootstrapSettings
     from cim.evaluation.statistics import with_interval
     from cim.files import refuse_folder, write_metrics
     from cim.params import group
     from cim.scorer import load_scorer
 
     refuse_folder(arguments.out)
-    bootstrap = group(JudgeSettings, {"seed": arguments.seed, "resamples": arguments.resamples}, "judge")
+    bootstrap = group(BootstrapSettings, {"seed": arguments.seed, "resamples": arguments.resamples}, "judge")
     reward = reward_settings(arguments)
     judgements = load_judgements(arguments.benchmark, arguments.data)
     print(f"{arguments.benchmark}: {judgements.summary}", flush=True)

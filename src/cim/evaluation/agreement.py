@@ -10,11 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 from scipy.stats import kendalltau
 
 from cim.evaluation.settings import Setting
-from cim.evaluation.statistics import kendall, kendall_within, side, with_interval
+from cim.evaluation.statistics import kendall, kendall_within
 from cim.gallery.transform import ImageTransform
 from cim.rewards import cim, rank_weights, similarity_weights
 
@@ -46,33 +45,17 @@ class Study:
     pairs: np.ndarray
 
     def scores(self, setting: Setting) -> pd.DataFrame:
-        """GRC, QIR and CIM of each pair, columns grc, qir, cim."""
-        grc, qir = self.grc(setting), self.qir(setting)
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
-
-    def grc(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.gallery_representation_consistency, at any K; weighted where there is a temperature."""
-        rows, similarity = self._retrieved(setting)
-        uniform = np.full(rows.shape, 1 / rows.shape[1])
-        weights = uniform if setting.temperature is None else similarity_weights(similarity, setting.temperature)
-        gallery, _ = self._vectors(setting.center, setting.whiten, setting.rows)
-        return np.linalg.norm(_sums(rows, weights, gallery), axis=1)[self.pairs[:, 0]]
-
-    def qir(self, setting: Setting) -> np.ndarray:
-        """(p,) as rewards.query_gallery_image_relevance, at any K."""
-        rows, similarity = self._retrieved(setting)
-        if setting.temperature is None:
-            weights = np.tile(rank_weights(rows.shape[1], setting.decay), (len(rows), 1))
-        else:
-            weights = similarity_weights(similarity, setting.temperature)
+        """GRC, QIR and CIM of each pair at any K, columns grc, qir, cim: as the functions of rewards give them."""
+        rows, similarity = (found[:, : setting.k] for found in self._search(setting.text, setting.rows))
         gallery, sources = self._vectors(setting.center, setting.whiten, setting.rows)
+        if setting.temperature is None:
+            ranked = np.broadcast_to(rank_weights(rows.shape[1], setting.decay), rows.shape)
+            mean, summed = (_sums(rows, w, gallery) for w in (np.full(rows.shape, 1 / rows.shape[1]), ranked))
+        else:
+            mean = summed = _sums(rows, similarity_weights(similarity, setting.temperature), gallery)
         caption, source = self.pairs.T
-        return (_sums(rows, weights, gallery) @ sources.T)[caption, source]
-
-    def _retrieved(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """(n, k) gallery images of each caption, nearest text first, and the similarities of the texts."""
-        rows, similarity = self._search(setting.text, setting.rows)
-        return rows[:, : setting.k], similarity[:, : setting.k]
+        grc, qir = np.linalg.norm(mean, axis=1)[caption], (summed @ sources.T)[caption, source]
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim(grc, qir, setting.beta, setting.grc_weight)})
 
     @lru_cache(maxsize=1)  # noqa: B019
     def _search(self, text: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -96,11 +79,9 @@ class Study:
 
 def _sums(rows: np.ndarray, weights: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """(n, d) weighted sums of the (n, k) rows of (N, d) vectors; a row may occur more than once."""
-    n, k = rows.shape
-    sparse = csr_array(
-        (weights.astype(np.float32).ravel(), rows.ravel(), np.arange(0, n * k + 1, k)), (n, len(vectors))
-    )
-    return sparse.toarray() @ vectors  # dense, since k may be as large as N
+    spread = np.zeros((len(rows), len(vectors)), np.float32)  # dense, since k may be as large as N
+    np.add.at(spread, (np.arange(len(rows))[:, None], rows), weights.astype(np.float32))
+    return spread @ vectors
 
 
 def judged_pairs(judgements: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
@@ -128,15 +109,11 @@ def first_half(images: pd.Series, seed: int) -> set[str]:
 
 def agreement(scores: pd.DataFrame, grades: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Kendall's tau of each column of scores (a row a pair): a row a score, a column a benchmark, and their mean."""
-    table = pd.DataFrame(
-        {
-            name: {
-                score: kendalltau(values[rows["pair"]], rows["grade"], variant=VARIANTS[name]).statistic
-                for score, values in scores.items()
-            }
-            for name, rows in grades.items()
-        }
-    )
+
+    def tau(values: pd.Series, name: str) -> float:
+        return kendalltau(values[grades[name]["pair"]], grades[name]["grade"], variant=VARIANTS[name]).statistic
+
+    table = pd.DataFrame({name: scores.apply(tau, name=name) for name in grades})
     return table.assign(mean=table.mean(axis=1))
 
 
@@ -147,37 +124,13 @@ def with_intervals(
 
     All scores share their resamples of images.
     """
-    out: dict = {}
-    for score, values in scores.items():
-        for name, rows in grades.items():
-            columns = values[rows["pair"]].to_numpy(float), rows["grade"].to_numpy(float), rows["image"].to_numpy()
-            out.setdefault(score, {})[name] = {
-                "tau": kendall(*columns, np.random.default_rng(seed), resamples, VARIANTS[name]),
-                "within": kendall_within(*columns, np.random.default_rng(seed), resamples),
-            }
-    return out
 
+    def cells(name: str, values: pd.Series) -> dict[str, dict]:
+        rows = grades[name]
+        columns = values[rows["pair"]].to_numpy(float), rows["grade"].to_numpy(float), rows["image"].to_numpy()
+        return {
+            "tau": kendall(*columns, np.random.default_rng(seed), resamples, VARIANTS[name]),
+            "within": kendall_within(*columns, np.random.default_rng(seed), resamples),
+        }
 
-def findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]]) -> str:
-    """What the study found, in Markdown.
-
-    Args:
-        cells: of `with_intervals`, with scores "published", "chosen" and "text similarity to references".
-    """
-
-    def both(score: str, what: str = "tau") -> str:
-        return " and ".join(with_interval(cells[score][name][what]) for name in VARIANTS)
-
-    places = []
-    for name, benchmark in zip(VARIANTS, ("Expert", "CrowdFlower"), strict=True):
-        reported = REPORTED.loc["CLIPScore", name]
-        place = side(cells["chosen"][name]["tau"]["interval"], reported / 100)
-        places.append(f"{place.replace('able', 'able from')} its {reported} on {benchmark}")
-    return (
-        f"On photos that nothing was chosen on, the published reward agrees with people at {both('published')} (100 "
-        f"tau, Flickr8k-Expert and CrowdFlower), the chosen setting at {both('chosen')}. Within one photo these are "
-        f"{both('published', 'within')} against {both('chosen', 'within')}. Compared with what is reported for "
-        f"CLIPScore, a model trained on pairs of images and texts, the chosen setting is {' and '.join(places)}. The "
-        f"text encoder's similarity to the photo's own human captions, which a reward does not have, reaches "
-        f"{both('text similarity to references')}."
-    )
+    return {score: {name: cells(name, values) for name in grades} for score, values in scores.items()}

@@ -1,7 +1,8 @@
 """Several captions of one image: how much of what they say one of them says, and how often they contradict."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pandas as pd
@@ -9,29 +10,20 @@ import pandas as pd
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.statistics import Bootstrap, ratio, with_interval
 
-# Attributes of one kind exclude each other, unless they mean the same: kind -> meaning -> words.
+# Attributes of one kind exclude each other, unless they mean the same: words between two commas.
 KINDS = {
-    "colour": {
-        "black": "black", "white": "white", "gray": "gray grey silver", "red": "red", "orange": "orange",
-        "yellow": "yellow golden gold blond blonde", "brown": "brown tan beige", "green": "green", "blue": "blue",
-        "purple": "purple violet", "pink": "pink",
-    },
-    "size": {"small": "small little tiny", "large": "large big huge giant"},
-    "number": {
-        "2": "2 two", "3": "3 three", "4": "4 four", "5": "5 five", "6": "6 six", "7": "7 seven", "8": "8 eight",
-        "9": "9 nine", "10": "10 ten", "11": "11 eleven", "12": "12 twelve",
-    },
-}  # fmt: skip
+    "colour": "black, white, gray grey silver, red, orange, yellow golden gold blond blonde, brown tan beige, green, "
+    "blue, purple violet, pink",
+    "size": "small little tiny, large big huge giant",
+    "number": "2 two, 3 three, 4 four, 5 five, 6 six, 7 seven, 8 eight, 9 nine, 10 ten, 11 eleven, 12 twelve",
+}
 MEANING = {
-    word: (kind, meaning)
-    for kind, meanings in KINDS.items()
-    for meaning, words in meanings.items()
-    for word in words.split()
+    word: (kind, alike) for kind, meanings in KINDS.items() for alike in meanings.split(", ") for word in alike.split()
 }
 
 
 def said_by_one(
-    graphs: Sequence[Sequence[SceneGraph]], alike: Callable[[str, str], bool] | None = None
+    graphs: Sequence[Sequence[SceneGraph]], alike: Callable[[str, str], bool] = operator.eq
 ) -> pd.DataFrame:
     """How much of what all captions of an image say one of them says, and how often they contradict each other.
 
@@ -42,55 +34,34 @@ def said_by_one(
 
     Args:
         graphs: of each image those of its captions.
-        alike: whether two names mean one object; None for equal names only.
+        alike: whether two names mean one object; the first of them is then its name.
 
     Returns:
         One row an image: `object_share` and `fact_share` (mean over captions of the share of the union; 0 where the
         union is empty), `any_object` and `any_fact` (1, or 0 where it is), and the numbers `compared` and
         `contradicted`, over all pairs of captions, objects and kinds.
     """
-    return pd.DataFrame([_said_by_one(_renamed(own, alike)) for own in graphs])
+    return pd.DataFrame([_said_by_one(own, alike) for own in graphs])
 
 
-def _renamed(graphs: Sequence[SceneGraph], alike: Callable[[str, str], bool] | None) -> Sequence[SceneGraph]:
-    """The graphs with one name, the first, for objects that are alike."""
-    if alike is None:
-        return graphs
+def _said_by_one(graphs: Sequence[SceneGraph], alike: Callable[[str, str], bool]) -> dict[str, float]:
     names: dict[str, str] = {}
-    for name in (name for graph in graphs for name in graph.objects):
+    for name in chain.from_iterable(graph.objects for graph in graphs):
         if name not in names:
             names[name] = next((kept for kept in names.values() if alike(name, kept)), name)
-    out = []
-    for graph in graphs:
-        attributes: dict[str, dict[str, None]] = {}
-        for name, words in graph.attributes.items():
-            attributes.setdefault(names.get(name, name), {}).update(dict.fromkeys(words))
-        relations = dict.fromkeys((names.get(a, a), relation, names.get(b, b)) for a, relation, b in graph.relations)
-        objects = dict.fromkeys(names[name] for name in graph.objects)
-        out.append(SceneGraph.of({"objects": objects, "attributes": attributes, "relations": relations}))
-    return out
-
-
-def _said_by_one(graphs: Sequence[SceneGraph]) -> dict[str, float]:
-    objects = [set(graph.objects) for graph in graphs]
-    facts = [
-        {
-            *graph.objects,
-            *graph.relations,
-            *((name, word) for name, words in graph.attributes.items() for word in words),
-        }
-        for graph in graphs
-    ]
+    objects = [{names[name] for name in graph.objects} for graph in graphs]
+    attributes = [{(names.get(name, name), word) for name, word in graph.pairs} for graph in graphs]
+    relations = [{(names.get(a, a), by, names.get(b, b)) for a, by, b in graph.relations} for graph in graphs]
+    facts = [set().union(*parts) for parts in zip(objects, attributes, relations, strict=True)]
     row: dict[str, float] = {}
     for name, stated in (("object", objects), ("fact", facts)):
         union = set().union(*stated)
         row |= {f"{name}_share": np.mean([len(own) for own in stated]) / max(1, len(union)), f"any_{name}": bool(union)}
     meant = []  # of a caption: (object, kind) -> meanings
-    for graph in graphs:
+    for pairs in attributes:
         meant.append(own := {})
-        for name, words in graph.attributes.items():
-            for kind, meaning in (MEANING[word] for word in words if word in MEANING):
-                own.setdefault((name, kind), set()).add(meaning)
+        for name, (kind, meaning) in ((name, MEANING[word]) for name, word in pairs if word in MEANING):
+            own.setdefault((name, kind), set()).add(meaning)
     disjoint = [a[key].isdisjoint(b[key]) for a, b in combinations(meant, 2) for key in a.keys() & b.keys()]
     return {**row, "compared": len(disjoint), "contradicted": sum(disjoint)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cim.evaluation.statistics import Estimate, resample_weights
-from cim.gallery.search import blocks
+from cim.gallery.search import ExactSearch
 from cim.gallery.store import Gallery
 
 HONEST = "honest"
@@ -41,12 +41,7 @@ def attacks(captions: Sequence[str], copied: Sequence[str], corpus: Sequence[str
 
 def nearest_captions(gallery: Gallery, sources: np.ndarray) -> list[str]:
     """The caption of the gallery image that is most similar to each of (n, d) source embeddings."""
-    best, row = np.full(len(sources), -np.inf), np.zeros(len(sources), int)
-    for part in blocks(len(gallery)):
-        similar = sources @ gallery.image_vectors(np.arange(part.start, part.stop)).T
-        row = np.where(similar.max(1) > best, part.start + similar.argmax(1), row)
-        best = np.maximum(best, similar.max(1))
-    return gallery.take(row)["caption"].tolist()
+    return gallery.take(ExactSearch(gallery.images).search(sources, 1))["caption"].tolist()
 
 
 def preferred(

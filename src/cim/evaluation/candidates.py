@@ -5,6 +5,7 @@ Arrays are (images, captions), one row an image with as many captions as every o
 
 from collections.abc import Mapping, Sequence
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cim.data.flickr8k import human_captions
 from cim.data.manifest import Manifest
-from cim.encoders import TextEncoder
 from cim.evaluation.caption_metrics import cider
-from cim.evaluation.statistics import Estimate, kendall_within, ratio, resample_weights
+from cim.evaluation.statistics import Estimate, correlation_of_sums, kendall_within, resample_weights
 from cim.rewards import RewardSettings, rank_weights, similarity_weights
 from cim.scorer import Scorer
-from cim.world.scenes import Scene
-from cim.world.scoring import graph_f1, score_captions, stated_facts
+from cim.world import ladders as world
+from cim.world.scoring import stated_facts
 
 
 def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray, str]:
@@ -27,8 +27,7 @@ def quality_of(candidates: pd.DataFrame, manifest: Manifest) -> tuple[np.ndarray
     rows = images.get_indexer(candidates["image_id"])
     if not manifest.scenes_known:
         return cider(captions, human_captions(manifest.frame), rows), "CIDEr-D"
-    scenes = manifest.frame["scene"].map(Scene.from_json).to_numpy()[rows]
-    return np.asarray(graph_f1(score_captions(captions, scenes.tolist(), [[]] * len(captions)))), "F1 of facts"
+    return world.quality(captions, manifest.frame["scene"].to_numpy()[rows]), "F1 of facts"
 
 
 def score_candidates(
@@ -42,8 +41,10 @@ def score_candidates(
         candidates: columns image_id, caption and, if known, likelihood; the scorer has these images.
     """
     captions, ids = candidates["caption"].tolist(), candidates["image_id"].tolist()
-    scorer = scorer.at(scorer.settings)
-    scorer.text = _Encoded(scorer.text, captions)
+    distinct = pd.Index(captions).unique()
+    vectors, scorer = scorer.text.encode(distinct.tolist()), scorer.at(scorer.settings)
+    # All settings share these embeddings.
+    scorer.text = SimpleNamespace(encode=lambda texts: vectors[distinct.get_indexer(texts)])
     own = scorer.retrieval_scores(captions, ids)
     scores = {name: own[name] for name in ("cim", "grc", "qir")}
     scores |= {name: scorer.at(settings).retrieval_scores(captions, ids)["cim"] for name, settings in rewards.items()}
@@ -78,17 +79,6 @@ class FactScorer(Scorer):
         return rows, similarity_weights(np.take_along_axis(similarity, rows, 1), s.temperature)
 
 
-class _Encoded:
-    """A text encoder that has these captions encoded already, once for all settings."""
-
-    def __init__(self, encoder: TextEncoder, captions: list[str]):
-        self.device, distinct = encoder.device, list(dict.fromkeys(captions))
-        self._vectors = dict(zip(distinct, encoder.encode(distinct), strict=True))
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return np.stack([self._vectors[text] for text in texts])
-
-
 def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
     """(images,) expected quality of the caption that scores highest among n drawn without replacement.
 
@@ -103,25 +93,14 @@ def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
     return shared.reshape(score.shape) @ chance
 
 
-def pearson_within(score: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> Estimate:
-    """Pearson's correlation of deviations from each image's means; `weights` (resamples, images) draw images."""
-    x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
-    sums = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1)
-
-    def correlation(totals: np.ndarray) -> np.ndarray:
-        return ratio(totals[..., 0], np.sqrt(totals[..., 1] * totals[..., 2]))
-
-    return Estimate(correlation(sums.sum(0)), correlation(weights @ sums))
-
-
 def compare_scores(
     scores: Mapping[str, np.ndarray], quality: np.ndarray, best: list[int], seed: int = 0, resamples: int = 1000
 ) -> pd.DataFrame:
     """How each score agrees with quality within images, and the mean quality of what it chooses.
 
     Returns:
-        Columns score, metric, value, low, high; metrics are tau, pearson, best_N, and gain_N, the gain of best_N over a
-        random caption, paired by image. Intervals at 95 % over images.
+        Columns score, metric, value, low, high; metrics are tau, pearson (of deviations from each image's means),
+        best_N, and gain_N, the gain of best_N over a random caption, paired by image. Intervals at 95 % over images.
     """
     weights = resample_weights(len(quality), resamples, np.random.default_rng(seed))
     images, rows = np.repeat(np.arange(len(quality)), quality.shape[1]), []
@@ -129,8 +108,9 @@ def compare_scores(
     for name, score in scores.items():
         rng = np.random.default_rng(seed)
         tau = kendall_within(score.ravel(), quality.ravel(), images, rng, resamples)
-        pearson = pearson_within(score, quality, weights).cell()
-        cells = {"tau": tau, "pearson": pearson}
+        x, y = (v - v.mean(1, keepdims=True) for v in (score, quality))
+        sums = np.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)], axis=1)
+        cells = {"tau": tau, "pearson": correlation_of_sums(sums, weights).cell()}
         for n in best:
             chosen = best_of(n, score, quality)
             for metric, values in (("best", chosen), ("gain", chosen - random)):
@@ -165,8 +145,5 @@ def choose_setting(
         return kendall_within(*pair, images, np.random.default_rng(seed), resamples)
 
     best = max(settings, key=lambda name: np.mean([tau(model, name, chosen_on)["value"] for model in scores]))
-    shown = dict.fromkeys((best, "cim"))
-    return {
-        "setting": best,
-        "tau": {name: {model: tau(model, name, reported_on) for model in scores} for name in shown},
-    }
+    taus = {name: {model: tau(model, name, reported_on) for model in scores} for name in dict.fromkeys((best, "cim"))}
+    return {"setting": best, "tau": taus}

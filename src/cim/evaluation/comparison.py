@@ -1,6 +1,7 @@
 """Methods compared with CIM on the facts that their captions state."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 
@@ -25,12 +26,10 @@ def compare(counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resampl
     """
     found = evaluate({"cim": counts["cim"], **counts}, seed, resamples)
     rows = []
-    for method in in_order(found):
-        for metric in METRICS:
-            cell = found[method]["metrics"][metric]
-            difference = cell.get("gain", 0.0), *cell.get("gain_interval", (0.0, 0.0))
-            own = cell["value"], *cell["interval"], *difference, side(difference[1:])
-            rows.append((method, len(counts[method]), metric, *own))
+    for method, metric in product(in_order(found), METRICS):
+        cell = {"gain": 0.0, "gain_interval": (0.0, 0.0)} | found[method]["metrics"][metric]
+        numbers = cell["value"], *cell["interval"], cell["gain"], *cell["gain_interval"]
+        rows.append((method, len(counts[method]), metric, *numbers, side(cell["gain_interval"])))
     columns = ["method", "seeds", "metric", "value", "low", "high"]
     columns += ["difference", "difference_low", "difference_high", "verdict"]
     return pd.DataFrame(rows, columns=columns)
@@ -41,7 +40,8 @@ def findings(compared: pd.DataFrame) -> str:
     f1 = compared[compared["metric"] == "all_f1"].assign(name=compared["method"].map(label)).set_index("method")
     rest = f1.drop(index="cim")
     places = [f"{verdict}: {_listed(own['name'].tolist())}" for verdict, own in rest.groupby("verdict", sort=False)]
-    return f"F1 of all facts: {f1.loc['cim', 'name']} {percent(f1.loc['cim'])}. Compared with it, {'; '.join(places)}."
+    cim = f1.loc["cim"]
+    return f"F1 of all facts: {cim['name']} {with_interval(cim)}. Compared with it, {'; '.join(places)}."
 
 
 def verdicts(points: pd.DataFrame, column: str, form: str) -> str:
@@ -52,7 +52,3 @@ def verdicts(points: pd.DataFrame, column: str, form: str) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def percent(row: pd.Series) -> str:
-    return with_interval({"value": row["value"], "interval": (row["low"], row["high"])})

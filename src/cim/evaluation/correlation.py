@@ -128,12 +128,11 @@ def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
 
 def source_in_and_out(scorer: Scorer, captions: pd.DataFrame) -> pd.DataFrame:
     """Mean GRC and QIR of each grade where captions may not retrieve their own source image, and where they may."""
-    settings, means = scorer.settings, {}
+    means = {}
     for label, exclude in (("left out", True), ("left in", False)):
-        scorer.settings = settings.model_copy(update={"exclude_source": exclude})
-        scores = scorer.retrieval_scores(captions["caption"].tolist(), captions["image_id"].tolist())
+        at = scorer.at(scorer.settings.model_copy(update={"exclude_source": exclude}))
+        scores = at.retrieval_scores(captions["caption"].tolist(), captions["image_id"].tolist())
         means[label] = captions[GRADE].join(scores).groupby(GRADE)[["grc", "qir"]].mean()
-    scorer.settings = settings
     return pd.concat(means, axis=1)
 
 

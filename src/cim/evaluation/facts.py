@@ -76,11 +76,6 @@ def extremes(images: pd.DataFrame, method: str, shown: int = 4) -> pd.DataFrame:
     return pd.concat([gain.head(shown), gain.tail(shown)]).rename("gain").reset_index()
 
 
-def with_controls(captions: Captions) -> Captions:
-    """The captions and an empty one of every image, which shows what the form of the questions gives away."""
-    return {**captions, "empty": {0: dict.fromkeys(captions["base"][0], "")}}
-
-
 def fact_counts(captions: Mapping[str, str], manifest: Manifest) -> pd.DataFrame:
     """What each caption states and answers, one row an image, sorted by image_id.
 
@@ -170,9 +165,8 @@ def human_counts(captions: Captions, manifest: Manifest, encoder: str) -> dict[s
         manifest: images with several human captions each, as Flickr8k's.
         encoder: the sentence encoder of identification; one that no reward used.
     """
-    human = HumanCaptions(
-        human_captions(manifest.frame), load_text_encoder(encoder, precision="bfloat16").encode, load_wordnet()
-    )
+    encode = load_text_encoder(encoder, precision="bfloat16").encode
+    human = HumanCaptions(human_captions(manifest.frame), encode, load_wordnet())
     ids = manifest.frame["image_id"]
     return {m: {seed: human.compare([of[i] for i in ids]) for seed, of in runs.items()} for m, runs in captions.items()}
 

@@ -10,8 +10,8 @@ left out of Flickr8k's, and agreement is Kendall's tau-c over single grades, for
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,8 +29,7 @@ DAMAGED = 0.05  # share of a file's lines that may be damaged
 COMPOSITE = {"8k": 3, "30k": 4, "coco": 4}  # part to candidate captions per image
 
 
-@dataclass(frozen=True)
-class Judgements:
+class Judgements(NamedTuple):
     """Captions of images and their human judgements.
 
     Attributes:
@@ -97,21 +96,21 @@ def pascal50s(folder: Path) -> Judgements:
 
     paths = [_require(folder / name) for name in ("pair_pascal.mat", "consensus_pascal.mat")]
     try:
-        pairs, triplets = loadmat(paths[0]), loadmat(paths[1])["triplets"].ravel()
+        pairs, triplets = (loadmat(path, simplify_cells=True) for path in paths)
         rows, undecided = [], 0
-        for i, (pair, category) in enumerate(zip(pairs["new_input"].ravel(), pairs["category"].ravel(), strict=True)):
-            image, *sides = [str(_unwrapped(value)).strip() for value in _unwrapped(pair)]
+        for i, (pair, category) in enumerate(zip(pairs["new_input"], pairs["category"], strict=True)):
+            image, *sides = map(str.strip, pair.values())
             votes = [0, 0]
-            for triplet in triplets[i * VOTES : (i + 1) * VOTES]:
-                _, first, second, winner = [_unwrapped(value) for value in _unwrapped(triplet)]
-                votes[sides.index(str(first if int(winner) == 1 else second).strip())] += 1
+            for triplet in triplets["triplets"][i * VOTES : (i + 1) * VOTES]:
+                _, first, second, winner = triplet.values()
+                votes[sides.index((first if winner == 1 else second).strip())] += 1
             if votes[0] == votes[1]:
                 undecided += 1
                 continue
             rows += [(i, s, image, sides[s], int(votes[1] > votes[0]), CATEGORIES[int(category)]) for s in (0, 1)]
         if not rows:
             raise ValueError("no pair with a majority")
-    except (KeyError, ValueError, TypeError, IndexError, MatReadError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, MatReadError) as error:
         raise CimError(f"{folder}: the .mat files are not in Pascal-50S's layout ({error})") from None
     frame = pd.DataFrame(rows, columns=["pair", "side", "image", "caption", "preferred", "category"])
     frame = _with_paths(frame, folder)
@@ -125,13 +124,6 @@ BENCHMARKS = {
     "composite": composite,
     "pascal50s": pascal50s,
 }
-
-
-def _unwrapped(value):
-    """The value inside MATLAB's nested cells; a struct as its fields."""
-    while isinstance(value, np.ndarray):
-        value = value.ravel()[0]
-    return value
 
 
 def _require(path: Path) -> Path:

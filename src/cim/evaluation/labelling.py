@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from cim.evaluation.comparison import percent, verdicts
+from cim.evaluation.comparison import verdicts
+from cim.evaluation.statistics import with_interval
 from cim.runs import label, with_variant
 
 
@@ -37,8 +38,9 @@ def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
     f1 = compared[compared["metric"] == "all_f1"].set_index("method")
     points = labelled.join(f1, on="method")
     sft = points.set_index("method").loc["sft"]
-    known = [f"{label(name)} {percent(f1.loc[name])}" for name in ("base", "cim", "cim_on_sft") if name in f1.index]
-    text = [f"F1 of all facts: {', '.join(known)}; SFT on all {sft['images']:,} images {percent(sft)}."]
+    known = [name for name in ("base", "cim", "cim_on_sft") if name in f1.index]
+    known = [f"{label(name)} {with_interval(f1.loc[name])}" for name in known]
+    text = [f"F1 of all facts: {', '.join(known)}; SFT on all {sft['images']:,} images {with_interval(sft)}."]
     for level, own in points[points["slip_rate"] == sft["slip_rate"]].groupby("level", sort=False):
         first = overtakes(own)
         where = f"overtakes CIM with {first:,} labelled images" if first else "does not overtake CIM"
@@ -52,9 +54,5 @@ def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
 
 def overtakes(points: pd.DataFrame) -> int | None:
     """The fewest labelled images from which on every number of them in `points` is above CIM; None where none is."""
-    first = None
-    for images, verdict in points.sort_values("images", ascending=False)[["images", "verdict"]].itertuples(index=False):
-        if verdict != "above":
-            break
-        first = images
-    return first
+    points = points.sort_values("images", ascending=False)
+    return min(points["images"][(points["verdict"] == "above").cummin()], default=None)

@@ -8,20 +8,31 @@ from cim.params import Names, Settings, Share
 from cim.rewards import RewardSettings
 
 
-class CorrelationSettings(Settings):
+class BootstrapSettings(Settings):
+    """The bootstrap of `cim judge`, and of the groups below that build on it."""
+
+    seed: NonNegativeInt
+    resamples: PositiveInt
+
+
+class StudySettings(BootstrapSettings):
+    """That of a study, with enough resamples for its tables."""
+
+    resamples: int = Field(ge=100)
+
+
+class CorrelationSettings(BootstrapSettings):
     """The `correlation` group."""
 
     split: str
     images: int = Field(ge=3)
-    seed: int
-    resamples: PositiveInt
     reward: RewardSettings
     fractions: list[Annotated[float, Field(gt=0, le=1)]]
     ks: list[PositiveInt]
     model_captions: bool = False
 
 
-class SamplesSettings(Settings):
+class SamplesSettings(StudySettings):
     """The `samples` group.
 
     Attributes:
@@ -39,39 +50,31 @@ class SamplesSettings(Settings):
     models: Names
     rewards: dict[str, RewardSettings] = Field(default_factory=dict)
     best_of: list[PositiveInt] = Field(min_length=1)
-    temperature: PositiveFloat = 1.0
-    seed: int = 0
-    resamples: int = Field(1000, ge=100)
+    temperature: PositiveFloat
 
 
-class LabelSettings(Settings):
+class AblationSettings(StudySettings):
+    """The `ablation` group; `of` is the split whose captions are compared, or none."""
+
+    of: list[str] = Field(max_length=1)
+
+
+class LabelSettings(AblationSettings):
     """The `labels` group.
 
     Attributes:
-        of: the split whose captions are compared, or none.
         split, held_out: the training images, and how many of them no run trains on.
         levels: names of annotators (`sft.annotators`), from the least thorough on.
         annotators: captions of an image, of which the study computes how much one says.
     """
 
-    of: list[str] = Field(max_length=1)
     split: str
     held_out: NonNegativeInt
     levels: dict[str, dict[str, Share]] = Field(min_length=1)
     annotators: int = Field(ge=2)
-    seed: NonNegativeInt
-    resamples: int = Field(ge=100)
 
 
-class AblationSettings(Settings):
-    """The `ablation` group; `of` is the split whose captions are compared, or none."""
-
-    of: list[str] = Field(max_length=1)
-    seed: NonNegativeInt
-    resamples: int = Field(ge=100)
-
-
-class EvaluateSettings(Settings):
+class EvaluateSettings(StudySettings):
     """The `evaluate` group.
 
     Attributes:
@@ -82,8 +85,6 @@ class EvaluateSettings(Settings):
     splits: Names
     parser: Literal["world", "pattern", "factual"]
     encoder: str
-    seed: NonNegativeInt
-    resamples: int = Field(ge=100)
     reader: str | None = None
     wordnet: bool = True
     identification: str | None = None
@@ -101,7 +102,7 @@ class Setting(RewardSettings):
     rows: PositiveInt | None = None
 
 
-class JudgementSettings(Settings):
+class JudgementSettings(BootstrapSettings):
     """The `judgements` group.
 
     Attributes:
@@ -117,8 +118,6 @@ class JudgementSettings(Settings):
     of: list[Literal["flickr8k"]] = Field(max_length=1)
     folder: str
     splits: Names
-    seed: NonNegativeInt
-    resamples: PositiveInt
     settings: dict[str, Setting] = Field(min_length=1)
     ks: list[PositiveInt] = Field(min_length=1)
     decays: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
@@ -127,10 +126,3 @@ class JudgementSettings(Settings):
     sizes: list[PositiveInt] = Field(min_length=1)
     texts: list[str] = Field(default_factory=list)
     images: list[str] = Field(default_factory=list)
-
-
-class JudgeSettings(Settings):
-    """The bootstrap of `cim judge`."""
-
-    seed: NonNegativeInt
-    resamples: PositiveInt

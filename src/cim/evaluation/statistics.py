@@ -83,12 +83,18 @@ def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.greater(b, 0))
 
 
-def with_interval(cell: Mapping, scale: float = 100, digits: int = 1, undefined: str = "n/a") -> str:
-    """A cell as "value [low, high]", by default a share in percent."""
-    numbers = cell["value"], *cell["interval"]
+def with_interval(
+    cell: Mapping | pd.Series, scale: float = 100, digits: int = 1, undefined: str = "n/a", sign: str = "-"
+) -> str:
+    """A cell, or a table's row with value, low and high, as "value [low, high]", by default a share in percent.
+
+    Args:
+        sign: "+" for a difference, whose numbers have a sign where they are positive too.
+    """
+    numbers = cell["value"], *(cell["interval"] if "interval" in cell else (cell["low"], cell["high"]))
     if any(map(pd.isna, numbers)):
         return undefined
-    value, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
+    value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
 
 
@@ -121,12 +127,6 @@ def correlations(
     return out
 
 
-def _by_image(images: np.ndarray) -> list[np.ndarray]:
-    """The positions of each image's captions."""
-    _, codes = np.unique(images, return_inverse=True)
-    return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-
-
 def kendall(
     score: np.ndarray,
     judged: np.ndarray,
@@ -143,7 +143,7 @@ def kendall(
     samples = np.full(resamples, np.nan)
     if len(score) < 2 or not varies(score) or not varies(judged):
         return Estimate(np.nan, samples).cell()
-    members = _by_image(images)
+    members = list(pd.Series(images).groupby(images).indices.values())
     for r in range(resamples):
         drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         if np.ptp(score[drawn]) and np.ptp(judged[drawn]):
@@ -156,22 +156,21 @@ def kendall_within(
 ) -> dict:
     """The cell of Kendall's tau-b over pairs of captions of the same image, which an advantage in GRPO compares."""
     counts = []  # of an image: concordant less discordant pairs, and the pairs without a tie in each of the two
-    for members in _by_image(images):
+    for members in pd.Series(images).groupby(images).indices.values():
         first, second = np.triu_indices(len(members), 1)
         x, y = (np.sign(v[members][first] - v[members][second]) for v in (score, judged))
         counts.append([(x * y).sum(), (x != 0).sum(), (y != 0).sum()])
-    counts = np.array(counts, float)
+    return correlation_of_sums(np.array(counts, float), resample_weights(len(counts), resamples, rng)).cell()
 
-    def tau(sums: np.ndarray) -> np.ndarray:
-        return ratio(sums[..., 0], np.sqrt(sums[..., 1] * sums[..., 2]))
 
-    return Estimate(tau(counts.sum(0)), tau(resample_weights(len(counts), resamples, rng) @ counts)).cell()
+def correlation_of_sums(sums: np.ndarray, weights: np.ndarray) -> Estimate:
+    """A correlation by each image's sums of products and of both squares, (images, 3); `weights` draw images."""
+    totals = sums.sum(0), weights @ sums
+    return Estimate(*(ratio(total[..., 0], np.sqrt(total[..., 1] * total[..., 2])) for total in totals))
 
 
 def holm(p: list[float]) -> list[float]:
     """Holm's correction of several p values for their number."""
     order = np.argsort(p)
     steps = np.asarray(p, float)[order] * np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return corrected.tolist()
+    return np.minimum(1.0, np.maximum.accumulate(steps))[np.argsort(order)].tolist()

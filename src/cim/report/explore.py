@@ -1,6 +1,5 @@
 """Trying captions of one image: what they retrieve and how they score, with the widgets of notebooks/explore.ipynb."""
 
-from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -11,7 +10,7 @@ from cim.errors import CimError
 from cim.files import read_json
 from cim.report.pages import render, thumbnail
 from cim.rewards import RewardSettings
-from cim.scorer import Scorer, load_scorer
+from cim.scorer import load_scorer
 
 LISTED = 1000  # images in the menu; any other can be typed
 
@@ -61,7 +60,7 @@ class Explorer:
         Raises:
             CimError: where the image cannot be read, or the gallery is too small for k.
         """
-        scorer = Scorer(self.gallery, self.scorer.text, self.scorer.image, RewardSettings(k=k, beta=beta))
+        scorer = self.scorer.at(RewardSettings(k=k, beta=beta))
         scorer.add_images({name: self.source(name)[0]})
         scores, found = scorer.scores_and_rows(captions, [name] * len(captions))
         retrieved = [self.gallery.take(rows[rows >= 0]).to_dict("records") for rows in found]
@@ -73,7 +72,7 @@ class Explorer:
             sides = self.compare(name, captions, k, beta).to_dict("records")
         except CimError as error:
             return render("explore.html", error=error)
-        return render("explore.html", source=self.source(name)[0], sides=sides, picture=_picture)
+        return render("explore.html", source=self.source(name)[0], sides=sides, picture=thumbnail)
 
     def panel(self, first: str = "reference", second: str = "reference") -> widgets.Widget:
         """Menus, text fields and sliders, and what both captions retrieve; `first` and `second`: their origins."""
@@ -106,8 +105,3 @@ class Explorer:
             for control in controls:
                 control.observe(function, "value")
         return widgets.VBox([*map(widgets.HBox, ([image, other], [k, beta], origins, texts)), shown])
-
-
-def _picture(image: str) -> str | None:
-    with suppress(CimError):
-        return thumbnail(image)

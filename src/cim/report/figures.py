@@ -2,7 +2,8 @@
 
 import textwrap
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from cim.images import open_image
-from cim.report.tables import TITLES
+from cim.report.tables import TITLES, long_table
 from cim.runs import in_order, label
 
 SCORE_LABELS = {"grc": "GRC", "qir": "QIR", "cim": "CIM = GRC + QIR", "clipscore": "CLIPScore", "words": "words"}
@@ -67,6 +68,13 @@ def _error(cells: pd.DataFrame, value: str = "value") -> np.ndarray:
     return np.abs(cells[["low", "high"]].to_numpy(float).T - cells[value].to_numpy(float))
 
 
+def _points(ax: Axes, cells: pd.DataFrame, names: Iterable[str], shift: float = 0, **options) -> None:
+    """Values with their intervals, a row each from the bottom, named at the left."""
+    ax.errorbar(cells["value"], np.arange(len(cells)) + shift, xerr=_error(cells), fmt="o", **options)
+    ax.set_yticks(range(len(cells)), [*names])
+    ax.grid(axis="y", visible=False)
+
+
 def _legend(ax: Axes) -> None:
     ax.legend(title="", fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
 
@@ -76,11 +84,10 @@ def levels_figure(levels: pd.DataFrame, title: str = "") -> Figure:
     scores = [s for s in SCORE_LABELS if s in set(levels["score"])]
     ladders = [x for x in ("fineness", "accuracy") if x in set(levels["ladder"])]
     figure, axes = _panels(len(ladders) * len(scores), len(scores), 2.7, 3.1)
-    for i, (ladder, score) in enumerate((ladder, score) for ladder in ladders for score in scores):
+    for i, (ladder, score) in enumerate(product(ladders, scores)):
         part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
         row, column = divmod(i, len(scores))
-        color = sns.color_palette()[row]
-        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=color, capsize=3)
+        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=f"C{row}", capsize=3)
         axes[i].set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
         axes[i].set_title(SCORE_LABELS[score] if row == 0 else "")
         axes[i].set_ylabel({"fineness": "finer →", "accuracy": "more accurate →"}[ladder] if column == 0 else "")
@@ -163,16 +170,11 @@ def relations_figure(relations: Mapping[str, Mapping]) -> Figure:
     names = sorted(stated, key=stated.get)[-12:]
     figure, ax = plt.subplots(figsize=(7, 0.16 * len(names) * max(3, len(methods)) + 1))
     for i, method in enumerate(methods):
-        cells = [relations[method][name]["exact"] for name in names]
-        table = pd.DataFrame(
-            [[c["value"], *c["interval"]] for c in cells], columns=["value", "low", "high"], dtype=float
-        )
-        at = np.arange(len(names)) + 0.7 * (0.5 - (i + 0.5) / len(methods))
-        options = {"fmt": "o", "ms": 4, "color": color(method), "label": label(method)}
-        ax.errorbar(table["value"], at, xerr=_error(table), **options)
-    ax.set_yticks(range(len(names)), [f"{name} ({stated[name]})" for name in names])
+        cells = long_table({method: {name: relations[method][name]["exact"] for name in names}})
+        shift = 0.7 * (0.5 - (i + 0.5) / len(methods))
+        shown = [f"{name} ({stated[name]})" for name in names]
+        _points(ax, cells, shown, shift, ms=4, color=color(method), label=label(method))
     ax.set(xlabel="recall", xlim=(-0.02, 1.02))
-    ax.grid(axis="y", visible=False)
     _legend(ax)
     return figure
 
@@ -202,19 +204,17 @@ def agreement_figure(table: pd.DataFrame, measure: str) -> Figure:
     Args:
         table: columns model, score, metric, value, low, high, as cim.evaluation.candidates.compare_scores gives.
     """
-    models = table["model"].unique()
-    figure, axes = _panels(len(models), 3, 4, 3.4, sharey=True, sharex=True)
+    table = table[table["score"] != "quality"]
+    models, scores = table["model"].unique(), table["score"].unique()[::-1]
+    figure, axes = _panels(len(models), 3, 4, max(3.4, 0.2 * len(scores) + 0.9), sharey=True, sharex=True)
     for ax, model in zip(axes, models, strict=True):
-        for metric, shift in (("tau", 0.12), ("pearson", -0.12)):
-            part = table[(table["model"] == model) & (table["metric"] == metric) & (table["score"] != "quality")][::-1]
-            name = {"tau": "Kendall's tau", "pearson": "Pearson"}[metric]
-            options = {"fmt": "o", "capsize": 2, "ms": 4, "label": name}
-            ax.errorbar(part["value"], np.arange(len(part)) + shift, xerr=_error(part), **options)
+        for metric, name, shift in (("tau", "Kendall's tau", 0.12), ("pearson", "Pearson", -0.12)):
+            part = table[(table["model"] == model) & (table["metric"] == metric)].set_index("score").loc[scores]
+            _points(ax, part, map(score_label, scores), shift, capsize=2, ms=4, label=name)
         ax.axvline(0, color="0.6", lw=1)
-        ax.set_yticks(range(len(part)), [*map(score_label, part["score"])])
         ax.set(title=f"captions of {model}", xlabel=f"with {measure}")
-        ax.grid(axis="y", visible=False)
-    _legend(axes[-1])
+        ax.tick_params(labelbottom=True)
+    _legend(axes[:3][-1])
     return figure
 
 
@@ -230,11 +230,9 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     for ax, metric in zip(axes, metrics, strict=True):
         part = 100 * table[table["metric"] == metric].set_index("method").loc[methods].filter(like="difference")
         part.columns = ["value", "low", "high"]
-        ax.errorbar(part["value"], np.arange(len(part)), xerr=_error(part), fmt="o", capsize=2, ms=4)
+        _points(ax, part, map(label, methods), capsize=2, ms=4)
         ax.axvline(0, color="0.6", lw=1)
-        ax.set_yticks(range(len(part)), [*map(label, methods)])
-        ax.set(title=TITLES.get(metric, metric), xlabel="points above CIM", ylim=(-0.5, len(part) - 0.5))
-        ax.grid(axis="y", visible=False)
+        ax.set(title=TITLES[metric], xlabel="points above CIM", ylim=(-0.5, len(part) - 0.5))
     return figure
 
 
@@ -252,8 +250,8 @@ def attacks_figure(table: pd.DataFrame) -> Figure:
 def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
     """Mean quality of the caption that each score chooses among N: one panel a model; arguments as agreement_figure."""
     best = table[table["metric"].str.startswith("best_")]
-    best = best.assign(n=best["metric"].str.removeprefix("best_").astype(int))
-    best = best.assign(score=best["score"].map(score_label))
+    numbers = best["metric"].str.removeprefix("best_").astype(int)
+    best = best.assign(n=numbers, score=best["score"].map(score_label))
     models = best["model"].unique()
     figure, axes = _panels(len(models), 3, 3.6, 3.4, sharey=True)
     for ax, model in zip(axes, models, strict=True):

@@ -10,7 +10,7 @@ import pandas as pd
 from cim.evaluation.statistics import side, with_interval
 from cim.files import read_json
 from cim.report.pages import render
-from cim.report.tables import KINDS, capture_table, markdown, readme_table, tau, text, trained_method
+from cim.report.tables import KINDS, capture_table, in_mode, markdown, readme_table, tau, text, trained_method
 from cim.runs import label
 
 UNDECIDED = "undecided"
@@ -68,17 +68,13 @@ def verdicts(correlation: Mapping) -> pd.DataFrame:
 
     Yes where it rises over every step to the next grade, paired by image, no where it falls over one.
     """
-    rows = [
-        (score, ladder, f"{cell['up']} of {cell['steps']} steps up", ladder in CLAIMED.get(score, ()), _rises(**cell))
-        for ladder, scores in correlation["spearman"].items()
-        for score, cell in scores.items()
-        if ladder != "model"
-    ]
+    rows = []
+    for ladder, scores in correlation["spearman"].items():
+        for score, cell in scores.items() if ladder != "model" else ():
+            holds = "no" if cell["down"] else "yes" if cell["up"] == cell["steps"] else UNDECIDED
+            claimed, measured = ladder in CLAIMED.get(score, ()), f"{cell['up']} of {cell['steps']} steps up"
+            rows.append((score, ladder, measured, claimed, holds))
     return pd.DataFrame(rows, columns=["score", "ladder", "measured", "claimed", "verdict"])
-
-
-def _rises(steps: int, up: int, down: int, **_: Any) -> str:
-    return "no" if down else "yes" if up == steps else UNDECIDED
 
 
 def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
@@ -92,12 +88,11 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
         (f"{r.score.upper()} rises with {r.ladder}", r.measured, r.verdict)
         for r in verdicts(correlation).query("claimed").itertuples()
     ]
-    compared, strict, counted = _compared(capture, "cim"), _strict(capture), _counted(facts)
+    compared, strict, counted = _compared(capture, "cim"), in_mode(capture, "strict"), _counted(facts)
     for name, title in (("capture", "CAPTURE"), ("relation_recall", "relation recall")):
-        if name in compared:
-            row = compared[name]
-            holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
+        if row := compared.get(name):
             claim = f"CIM raises {title} (strict), p < 0.05 after Holm's correction"
+            holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
             rows.append((claim, _change(strict, "cim", name), holds))
     if "cim" in counted:
         cim, base = counted["cim"], counted["base"]["relation_recall"]["value"] or float("nan")
@@ -109,22 +104,15 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
         rows.append(("relation recall, counted, gains at least 20 % relative", measured, verdict(relative, 0.2)))
         for name in PRECISION:
             claim, low = f"{name.replace('_', ' ')}, counted, does not fall", cim[name]["gain_interval"][0]
-            measured = f"{_change(counted, 'cim', name)}: {_signed(cim[name]['gain'], cim[name]['gain_interval'])}"
+            gain = with_interval({"value": cim[name]["gain"], "interval": cim[name]["gain_interval"]}, sign="+")
+            measured = f"{_change(counted, 'cim', name)}: {gain}"
             rows.append((claim, measured, "yes" if low == 0 else verdict(cim[name]["gain_interval"])))
         for rival, cells in facts["methods"]["cim"].get("against", {}).items():
             if rival in RIVALS:
                 paired, pair = cells["all_f1"], (text("all_f1", own["all_f1"]) for own in (cim, counted[rival]))
-                measured = f"{' against '.join(pair)}: {_signed(paired['value'], paired['interval'])}"
+                measured = f"{' against '.join(pair)}: {with_interval(paired, sign='+')}"
                 rows.append((f"CIM beats {label(rival)} on F1 of all facts", measured, verdict(paired["interval"])))
     return [{"claim": claim, "measured": measured, "verdict": verdict} for claim, measured, verdict in rows]
-
-
-def _signed(value: float, interval: Sequence[float]) -> str:
-    """A paired difference, in percentage points."""
-    if any(map(pd.isna, (value, *interval))):
-        return "n/a"
-    low, high = interval
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -134,24 +122,15 @@ def _numbers(values: Any) -> np.ndarray:
 
 def correlation_findings(correlation: Mapping) -> str:
     """What stage correlation found, in three to six sentences."""
-    table = verdicts(correlation)
-    said = [f"{r.score.upper()} by {r.ladder} ({r.measured})" for r in table.itertuples()]
-    said, claimed = pd.Series(said, dtype=object), table["claimed"]
-    return _sentences(
-        "correlation.md",
-        **correlation,
-        **{name: said[claimed & (table["verdict"] == name)].tolist() for name in ("yes", "no", UNDECIDED)},
-        other=said[~claimed & (table["score"] == "grc")].tolist(),
-        tau=tau,
-    )
+    return _sentences("correlation.md", **correlation, rows=verdicts(correlation).to_dict("records"), tau=tau)
 
 
 def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
     """What stage evaluate found on the trained method, in three to six sentences."""
-    method, strict, counted = trained_method(capture["methods"]), _strict(capture), _counted(facts)
+    method, strict, counted = trained_method(capture["methods"]), in_mode(capture, "strict"), _counted(facts)
     compared = _compared(capture, method)
     if method in counted:
-        gains = {name: counted[method][name].get("gain_interval") for name in PRECISION}
+        gains = {name: counted[method][name].get("gain_interval", (0, 0)) for name in PRECISION}
     else:
         gains = {name: compared[name]["interval"] for name in PRECISION if name in compared}
     best = max(strict, key=lambda m: strict[m]["capture"]["value"] or 0.0)
@@ -164,7 +143,7 @@ def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
         relations=_change(counted or strict, method, "relation_recall"),
         questions=_change(counted, method, "qa_accuracy") if counted else None,
         always_yes=facts["always_yes"].get("qa_accuracy"),
-        fallen=[name.partition("_")[0] for name, gain in gains.items() if _falls(gain)],
+        fallen=[name.partition("_")[0] for name, gain in gains.items() if verdict(gain) == "no"],
         words=_change(strict, method, "words"),
         best=f"{label(best)}: {text('capture', strict[best]['capture'])}" if best != method else None,
     )
@@ -177,60 +156,51 @@ def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame, 
         table, attacked, chosen: of cim.evaluation.candidates.compare_scores, of cim.evaluation.attacks.preferred, and
             of cim.evaluation.candidates.choose_setting.
     """
-    said = []
+    models = {}
     for model, rows in table.groupby("model", sort=False):
         cells = dict(rows.set_index(["score", "metric"]).iterrows())
         most = max(int(metric.removeprefix("gain_")) for _, metric in cells if metric.startswith("gain_"))
         scores = [score for score in rows["score"].unique() if score != "quality"]
-        best = max(scores, key=lambda score: cells[score, "tau"]["value"])
-        shown = {score: _range(cells[score, "tau"]) for score in (best, "cim")}
-        gains = {score: _range(cells[score, f"gain_{most}"], 3) for score in (best, "cim", "quality")}
-        said.append(
-            f"Captions of `{model}`: {best} agrees best with {measure} within an image (tau {shown[best]}; cim "
-            f"{shown['cim']}). The best of {most} by {best} gains {gains[best]} over a random caption, by cim "
-            f"{gains['cim']}; by the truth {gains['quality']}."
-        )
-    taus = (
-        f"{name} {', '.join(f'{with_interval(cell, 1, 2)} ({model})' for model, cell in cells.items())}"
-        for name, cells in chosen["tau"].items()
-    )
-    said.append(
-        f"Of the settings of the reward, {chosen['setting']} agrees best on a random half of the images; tau on the "
-        f"other half: {'; '.join(taus)}."
-    )
-    worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last()
-    worst = [f"{r.Index} ({r.attack}: {r.share:.0%})" for r in worst.sort_values("share").itertuples()]
-    said.append(f"The attack that each score prefers to the honest caption most often: {', '.join(worst)}.")
-    return " ".join(said)
+        models[model] = max(scores, key=lambda score: cells[score, "tau"]["value"]), most, cells
+    worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last().sort_values("share")
+    values = {"models": models, "measure": measure, "chosen": chosen, "worst": list(worst.itertuples())}
+    return _sentences("samples.md", **values, number=with_interval)
 
 
-def _range(cell: Mapping, digits: int = 2) -> str:
-    return with_interval({"value": cell["value"], "interval": (cell["low"], cell["high"])}, 1, digits)
+def judgement_findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]], reported: pd.DataFrame) -> str:
+    """What stage judgements found.
+
+    Args:
+        cells: of cim.evaluation.agreement.with_intervals, with scores "published", "chosen" and "text similarity to
+            references".
+        reported: of cim.evaluation.agreement: 100 tau of other metrics by benchmark.
+    """
+
+    def both(score: str, what: str = "tau") -> str:
+        return " and ".join(with_interval(cells[score][name][what]) for name in reported)
+
+    places = []
+    for name, benchmark in zip(reported, ("Expert", "CrowdFlower"), strict=True):
+        clipscore = reported.loc["CLIPScore", name]
+        place = side(cells["chosen"][name]["tau"]["interval"], clipscore / 100)
+        places.append(f"{place.replace('able', 'able from')} its {clipscore} on {benchmark}")
+    return _sentences("judgements.md", both=both, places=places)
 
 
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
-    hold, failed, open_ = (
-        [f"{r['claim']} ({r['measured']})" for r in rows if r["verdict"] == name] for name in ("yes", "no", UNDECIDED)
-    )
-    rest = f"These do not: {'; '.join(failed)}." if failed else "None fails."
-    if open_:
-        rest += f" The intervals leave these open: {'; '.join(open_)}."
-    method, strict = trained_method(capture["methods"]), _strict(capture)
-    return (
-        f"Of the {len(rows)} claims of the paper that these results can test, {len(hold)} hold. {rest} "
-        f"With {label(method)}, strict CAPTURE goes from {_change(strict, method, 'capture')} and caption length from "
-        f"{_change(strict, method, 'words')} words."
-    )
+    method, strict = trained_method(capture["methods"]), in_mode(capture, "strict")
+    changes = {name: _change(strict, method, name) for name in ("capture", "words")}
+    return _sentences("claims.md", rows=rows, label=label(method), **changes)
 
 
 def comparison_table(path: Path) -> pd.DataFrame:
     """F1 of all facts of each method of a study, and how far it is above CIM's, in percentage points."""
     table = pd.read_csv(path).query("metric == 'all_f1'")
-    f1 = [with_interval({"value": r.value, "interval": (r.low, r.high)}) for r in table.itertuples()]
-    above = [_signed(r.difference, (r.difference_low, r.difference_high)) for r in table.itertuples()]
-    shown = pd.DataFrame({"seeds": table["seeds"].tolist(), "F1 of all facts": f1, "above CIM": above})
-    return shown.set_index(table["method"].map(label))
+    above = table[["difference", "difference_low", "difference_high"]].set_axis(["value", "low", "high"], axis=1)
+    f1 = table.apply(with_interval, axis=1)
+    shown = {"seeds": table["seeds"], "F1 of all facts": f1, "above CIM": above.apply(with_interval, axis=1, sign="+")}
+    return pd.DataFrame(shown).set_index(table["method"].map(label))
 
 
 def readme(results: Path, profile: str) -> str:
@@ -271,18 +241,9 @@ def _compared(capture: Mapping, method: str) -> dict[str, Mapping]:
     return {r["field"]: r for r in capture["comparisons"] if (r["method"], r["mode"]) == (method, "strict")}
 
 
-def _strict(capture: Mapping) -> dict[str, Mapping]:
-    return {method: modes["strict"] for method, modes in capture["methods"].items()}
-
-
 def _counted(facts: Mapping) -> dict[str, Mapping]:
     return {method: found["metrics"] for method, found in facts["methods"].items()}
 
 
 def _change(methods: Mapping, method: str, name: str) -> str:
     return f"{text(name, methods['base'][name])} to {text(name, methods[method][name])}"
-
-
-def _falls(gain: Sequence[float | None] | None) -> bool:
-    """Whether the interval of a gain lies wholly below 0; an undefined one does not."""
-    return gain is not None and not pd.isna(gain[1]) and gain[1] < 0

@@ -21,13 +21,12 @@ def render(template: str, **values) -> str:
     return environment.get_template(template).render(values)
 
 
-def thumbnail(image: str, side: int = 160) -> str:
-    """A data URI of an image of at most `side` pixels, from its place as a gallery stores it.
-
-    Raises:
-        CimError: where the image cannot be read.
-    """
-    picture = open_image(image)
+def thumbnail(image: str, side: int = 160) -> str | None:
+    """A data URI of an image of at most `side` pixels, from its place as a gallery stores it; None if unreadable."""
+    try:
+        picture = open_image(image)
+    except CimError:
+        return None
     picture.thumbnail((side, side))
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=80)
@@ -41,17 +40,10 @@ def score_page(frame: pd.DataFrame, path: Path, shown: int = 100) -> None:
         frame: as from cim.score_files.
         shown: at most so many captions, half of them the lowest and half the highest.
     """
-
-    def embedded(image: str) -> str | None:
-        try:
-            return thumbnail(image)
-        except CimError:
-            return None
-
     good = frame[frame["error"].isna()].sort_values("cim")
     if len(good) > shown:
         good = pd.concat([good.head(shown // 2), good.tail(shown - shown // 2)])
-    write_text(path, render("scores.html", rows=good.to_dict("records"), total=len(frame), thumbnail=embedded))
+    write_text(path, render("scores.html", rows=good.to_dict("records"), total=len(frame), thumbnail=thumbnail))
 
 
 def captions_page(

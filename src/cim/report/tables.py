@@ -77,9 +77,14 @@ def facts_long(facts: Mapping) -> pd.DataFrame:
     return table
 
 
-def capture_long(capture: Mapping, mode: str = "strict") -> pd.DataFrame:
-    """The long table of CAPTURE's and SC-Captioner's scores."""
-    return long_table({method: modes[mode] for method, modes in capture["methods"].items()})
+def in_mode(capture: Mapping, mode: str) -> dict[str, Mapping]:
+    """CAPTURE's and SC-Captioner's scores by method, as cells."""
+    return {method: modes[mode] for method, modes in capture["methods"].items()}
+
+
+def capture_long(capture: Mapping) -> pd.DataFrame:
+    """The long table of the strict mode's scores."""
+    return long_table(in_mode(capture, "strict"))
 
 
 def _wide(methods: Mapping[str, Mapping], seeds: Mapping[str, Sequence], names: Sequence[str]) -> pd.DataFrame:
@@ -98,8 +103,7 @@ def facts_table(facts: Mapping, names: Sequence[str] = FACTS) -> pd.DataFrame:
 
 def capture_table(capture: Mapping, mode: str, names: Sequence[str] = CAPTURE) -> pd.DataFrame:
     """Methods by CAPTURE's and SC-Captioner's scores in percent with intervals; GRC, QIR, CIM and words as they are."""
-    methods = {method: modes[mode] for method, modes in capture["methods"].items()}
-    return _wide(methods, capture["seeds"], names).rename_axis(f"{mode} mode")
+    return _wide(in_mode(capture, mode), capture["seeds"], names).rename_axis(f"{mode} mode")
 
 
 def human_table(human: Mapping) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Captions on a benchmark: every score with its interval, and methods compared image by image."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, product
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,8 +24,7 @@ Runs = Mapping[tuple[str, int], Sequence[str]]  # (method, seed) -> one caption 
 Retrieval = Callable[[Sequence[str], Sequence[str]], pd.DataFrame]
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The results of an evaluation.
 
     Attributes:
@@ -78,7 +77,6 @@ def evaluate(
     by_mode = images.groupby(["method", "mode"], sort=False)
     values = {key: rows[fields].to_numpy(float).reshape(-1, len(ids), len(fields)) for key, rows in by_mode}
     means = {key: _means(bootstrap, key[0], value, fields) for key, value in values.items()}
-    left_out = by_mode[fields].agg(lambda column: int(column.isna().sum())).to_dict("index")
     metrics: dict = {
         "benchmark": labels.name,
         "images": len(ids),
@@ -92,7 +90,7 @@ def evaluate(
         "relations": _by_relation(samples, seeds, similarity, bootstrap),
     }
     for (method, mode), cells in means.items():
-        missing = left_out[method, mode]
+        missing = dict(zip(fields, np.isnan(values[method, mode]).sum((0, 1)).tolist(), strict=True))
         metrics["methods"][method][mode] = {f: mean.cell() | {"left_out": missing[f]} for f, mean in cells.items()}
     if retrieval is not None:
         metrics["correlations"] = _correlations(images, rng, min(resamples, 200))
@@ -103,12 +101,11 @@ def evaluate(
         if reader is not None:
             metrics["reader"] = reader.name
             answers = pd.concat(
-                pd.DataFrame(read_all(reader, of, labels.questions)).assign(method=method, seed=s)
+                read_all(reader, of, labels.questions).assign(method=method, seed=s)
                 for method, own in {**captions, "empty captions": {0: dict.fromkeys(ids, "")}}.items()
                 for s, of in own.items()
             )
-            for method, part in answers.groupby("method", sort=False):
-                metrics["questions"][method] = question_scores(part.to_dict("records"))
+            metrics["questions"] |= {m: question_scores(part) for m, part in answers.groupby("method", sort=False)}
     return Evaluation(metrics, images, answers)
 
 
@@ -136,13 +133,11 @@ def _means(bootstrap: Bootstrap, method: str, values: np.ndarray, fields: Sequen
 def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping, means: Mapping) -> list[dict]:
     """How each method differs from the first, paired by image; intervals and p know of images and seeds."""
     first, *others = methods
+    by_image = {key: ratio(np.nansum(value, axis=0), (~np.isnan(value)).sum(0)) for key, value in values.items()}
     rows = []
     for method, mode in product(others, MODES):
-        own, base = (
-            ratio(np.nansum(value, axis=0), (~np.isnan(value)).sum(0))
-            for value in (values[method, mode], values[first, mode])
-        )  # (images, fields)
-        for field, difference in zip(fields, (own - base).T, strict=True):
+        differences = by_image[method, mode] - by_image[first, mode]  # (images, fields)
+        for field, difference in zip(fields, differences.T, strict=True):
             difference = difference[~np.isnan(difference)]
             if not len(difference):
                 continue
@@ -175,6 +170,10 @@ def _by_relation(samples: Mapping, seeds: Mapping, similarity: Similarity, boots
     references = [sample.reference for sample in next(iter(samples.values()))]
     stated = pd.Series([triple[1] for graph in references for triple in graph.relations], dtype=object).value_counts()
     out: dict = {}
+
+    def recalls(sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {kind: ratio(sums[..., place], sums[..., 0]) for place, kind in ((1, "exact"), (2, "soft"))}
+
     for method, own in seeds.items():
         counts = {name: np.zeros((len(own), len(references), 3)) for name in stated.index[stated >= RARE]}
         for s, i in product(range(len(own)), range(len(references))):
@@ -183,10 +182,8 @@ def _by_relation(samples: Mapping, seeds: Mapping, similarity: Similarity, boots
                     counts[name][s, i] += 1, exact, soft
         out[method] = {}
         for name, table in counts.items():
-            recall = bootstrap.estimates(
-                method, table, lambda n: {"exact": ratio(n[..., 1], n[..., 0]), "soft": ratio(n[..., 2], n[..., 0])}
-            )
-            out[method][name] = {"stated": int(stated[name]), **{kind: r.cell() for kind, r in recall.items()}}
+            found = bootstrap.estimates(method, table, recalls)
+            out[method][name] = {"stated": int(stated[name]), **{kind: recall.cell() for kind, recall in found.items()}}
     return out
 
 
@@ -204,15 +201,10 @@ def _correlations(images: pd.DataFrame, rng: np.random.Generator, resamples: int
 
 def agreement(first: Sequence[SceneGraph], second: Sequence[SceneGraph]) -> dict[str, float]:
     """F1 of equal objects, (object, attribute) pairs and relations in two parsers' graphs of the same captions."""
-
-    def parts(graph: SceneGraph) -> dict[str, set]:
-        pairs = {(name, word) for name, words in graph.attributes.items() for word in words}
-        return {"objects": set(graph.objects), "attributes": pairs, "relations": set(graph.relations)}
-
-    pairs = [(parts(a), parts(b)) for a, b in zip(first, second, strict=True)]
     out = {}
-    for kind in ("objects", "attributes", "relations"):
-        both = sum(len(a[kind] & b[kind]) for a, b in pairs)
-        total = sum(len(a[kind]) + len(b[kind]) for a, b in pairs)
+    for kind, field in (("objects", "objects"), ("attributes", "pairs"), ("relations", "relations")):
+        sides = [[set(getattr(graph, field)) for graph in graphs] for graphs in (first, second)]
+        both = sum(len(a & b) for a, b in zip(*sides, strict=True))
+        total = sum(map(len, chain(*sides)))
         out[kind] = 2 * both / total if total else float("nan")
     return out

@@ -20,6 +20,11 @@ class SceneGraph:
         return SceneGraph(tuple(value["objects"]), attributes, tuple(map(tuple, value["relations"])))
 
     @property
+    def pairs(self) -> set[tuple[str, str]]:
+        """Its (object, attribute) pairs."""
+        return {(name, word) for name, words in self.attributes.items() for word in words}
+
+    @property
     def attribute_words(self) -> tuple[str, ...]:
         """The attributes of all objects, one after the other."""
         return tuple(word for words in self.attributes.values() for word in words)

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Self
 
 import numpy as np
@@ -45,11 +46,6 @@ class Sample:
     extra_objects: tuple[str, ...] | None = None
     extra_attributes: Mapping[str, tuple[str, ...]] | None = None
 
-    def phrases(self) -> set[str]:
-        """All phrases but the extra attributes, of which only some are compared."""
-        extra = {*(self.extra_objects or ()), *(self.extra_attributes or {})}
-        return self.candidate.phrases() | self.reference.phrases() | extra
-
 
 class Similarity:
     """Cosine similarity and synonymy of phrases, each embedded once.
@@ -71,12 +67,15 @@ class Similarity:
 
         Of the long lists of extra attributes, the second call takes only those of the objects that are compared.
         """
-        similarity = Similarity(set().union(*(sample.phrases() for sample in samples)), encode, wordnet)
+        phrases: set[str] = set()
         words: set[str] = set()
         for sample in samples:
+            phrases |= sample.candidate.phrases() | sample.reference.phrases()
+            phrases.update(sample.extra_objects or (), sample.extra_attributes or ())
+        similarity = Similarity(phrases, encode, wordnet)
+        for sample, mode in product(samples, MODES):
             extra = sample.extra_attributes or {}
-            for mode in MODES:
-                words.update(*(extra[o] for _, o, _ in _aligned(sample.candidate.attributes, extra, similarity, mode)))
+            words.update(*(extra[o] for _, o, _ in _aligned(sample.candidate.attributes, extra, similarity, mode)))
         similarity.add(words)
         return similarity
 

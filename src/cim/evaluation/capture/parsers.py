@@ -155,9 +155,7 @@ class PatternParser:
         if word in NUMBERS or word.isdigit():
             return "a"
         counts = self._wordnet.use(word)
-        if not any(counts.values()):
-            return "n" if counts or word.isalpha() else ""
-        return max("nav", key=lambda kind: counts.get(kind, 0))
+        return max(counts, key=counts.get, default="n" if word.isalpha() else "")
 
     def _facts(self, sentence: str) -> Facts:
         facts: Facts = [], []

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import pandas as pd
 import requests
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from cim.captioners.models import loading
 from cim.errors import CimError
@@ -55,17 +55,17 @@ class TransformersReader:
         CimError: where it cannot be loaded.
     """
 
-    def __init__(self, model: str, device: str | None = None, batch: int = 32, max_new_tokens: int = 8):
+    def __init__(self, model: str, batch: int = 32):
         from transformers import pipeline
 
         with loading(f"reader '{model}'"):
-            self._generate = pipeline("text-generation", model, dtype="auto", device=device or default_device())
+            self._generate = pipeline("text-generation", model, dtype="auto", device=default_device())
         if self._generate.tokenizer.pad_token is None:
             self._generate.tokenizer.pad_token = self._generate.tokenizer.eos_token
         self.name = f"transformers:{model}"
         self._options = {
             "batch_size": batch,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": 8,
             "do_sample": False,
             "return_full_text": False,
             "tokenizer_encode_kwargs": {"enable_thinking": False},  # read by Qwen3's template, ignored by others
@@ -87,19 +87,17 @@ class ServerReader:
         CimError: from `answer`, where the server cannot be reached or sends no completion.
     """
 
-    def __init__(self, url: str, model: str, at_once: int = 8, key: str = "none", timeout: float = 120):
-        self.name, self._at_once, self._url = f"server:{model}", at_once, f"{url.rstrip('/')}/chat/completions"
-        self._request = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": timeout}
+    def __init__(self, url: str, model: str):
+        self.name, self._url = f"server:{model}", f"{url.rstrip('/')}/chat/completions"
         no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
         self._body = {"model": model, "temperature": 0, "max_tokens": 8, **no_thinking}
 
     def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        with ThreadPoolExecutor(self._at_once) as pool:
-            return list(tqdm(pool.map(self._ask, pairs), total=len(pairs), desc="reading", mininterval=2))
+        return thread_map(self._ask, pairs, max_workers=8, desc="reading", mininterval=2)
 
     def _ask(self, pair: tuple[str, str]) -> str:
         try:
-            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, **self._request)
+            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, timeout=120)
             response.raise_for_status()
             return parse_answer(response.json()["choices"][0]["message"]["content"])
         except (requests.RequestException, LookupError, AttributeError, TypeError, ValueError) as error:
@@ -125,30 +123,23 @@ def load_reader(spec: str) -> Reader:
     raise CimError(f"reader '{spec}': use transformers:NAME or server:URL#MODEL")
 
 
-def read_all(
-    reader: Reader, captions: Mapping[str, str], questions: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, str]]:
+def read_all(reader: Reader, captions: Mapping[str, str], questions: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
     """One row per question: image, question, expected and given answer, which is UNKNOWN for an empty caption."""
-    rows = [
-        {"image": image, "question": question, "expected": expected, "given": UNKNOWN}
-        for image, asked in questions.items()
-        for question, expected in asked.items()
-    ]
-    pending = [row for row in rows if captions[row["image"]].strip()]
-    answers = reader.answer([(captions[row["image"]], row["question"]) for row in pending])
-    for row, answer in zip(pending, answers, strict=True):
-        row["given"] = answer
-    return rows
+    rows = [(i, question, expected, UNKNOWN) for i, asked in questions.items() for question, expected in asked.items()]
+    table = pd.DataFrame(rows, columns=["image", "question", "expected", "given"])
+    said = table["image"].map(captions).str.strip() != ""
+    pairs = zip(table["image"][said].map(captions), table["question"][said], strict=True)
+    table.loc[said, "given"] = reader.answer(list(pairs))
+    return table
 
 
-def question_scores(rows: Sequence[Mapping[str, str]]) -> dict[str, float | int]:
+def question_scores(table: pd.DataFrame) -> dict[str, float | int]:
     """Accuracy as published, and shares that explain it; NaN where no question counts.
 
     Returns:
         accuracy, over all questions, including the few labelled neither Yes nor No (odd_labels counts them); balanced,
         the mean of the accuracies on Yes and on No; yes_rate, unknown and other, shares of answers; questions.
     """
-    table = pd.DataFrame(rows, columns=["expected", "given"])
     expected, given = table["expected"].str.strip().str.lower(), table["given"]
     right = given == expected
     return {
@@ -157,6 +148,6 @@ def question_scores(rows: Sequence[Mapping[str, str]]) -> dict[str, float | int]
         "yes_rate": float((given == YES).mean()),
         "unknown": float((given == UNKNOWN).mean()),
         "other": float((given == OTHER).mean()),
-        "questions": len(rows),
+        "questions": len(table),
         "odd_labels": int((~expected.isin([YES, NO])).sum()),
     }
