@@ -6,12 +6,9 @@
 A reward can only bring out what the model knows.
 """
 
-import hashlib
 import math
 import shutil
-import time
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from cim import code, fastvlm
 from cim.captioners.models import VISION
@@ -28,7 +25,7 @@ from cim.captioners.photos import build_captioner
 from cim.captioners.settings import PhotoCaptionerSettings
 from cim.encoders import weights_digest
 from cim.files import short_digest
-from cim.images import open_image
+from cim.images import content_digest, open_image
 from cim.processes import bfloat16_if_fast, computes_in_bfloat16, default_device
 from cim.train import checkpoints
 
@@ -50,12 +47,16 @@ def train_captioner(
     tower = model.model.vision_tower.requires_grad_(False).eval()
     features = vision_features(tower, processor, images, device)
     fastvlm.whiten_projector(model, features)
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in images]
+    files = [content_digest(path.read_bytes()) for path in images]
     made_of = [code.digest("cim.train.captioner"), weights_digest(model), settings.model_dump(), files, captions]
     folder = work / short_digest(made_of)
-    trained = with_lora(model, settings.lora_rank) if settings.lora_rank else model
-    resume = checkpoints.last_checkpoint(folder)
-    steps = settings.fact_steps + settings.style_steps
+    trained = model
+    if settings.lora_rank:  # on all linear layers of the language model; the projector is trained as it is
+        lora = LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
+            exclude_modules=rf"{VISION}|.*{PROJECTOR}.*", modules_to_save=[PROJECTOR],
+        )  # fmt: skip
+        trained = get_peft_model(model, lora)
     prompt = fastvlm.prompt_tokens(processor, settings.prompt, features)
 
     def collate(examples: list[tuple[int, str]]) -> dict:
@@ -69,20 +70,19 @@ def train_captioner(
     trainer = Trainer(
         trained,
         TrainingArguments(
-            str(folder), max_steps=steps, per_device_train_batch_size=settings.batch_size, seed=settings.seed,
+            str(folder), max_steps=settings.fact_steps + settings.style_steps, seed=settings.seed, logging_steps=10,
+            per_device_train_batch_size=settings.batch_size, save_steps=settings.save_every, report_to="none",
             train_sampling_strategy="sequential", remove_unused_columns=False, bf16=computes_in_bfloat16(device),
-            use_cpu=device.type == "cpu", save_steps=settings.save_every, save_total_limit=2, logging_steps=10,
-            dataloader_pin_memory=False, disable_tqdm=True, report_to="none",
+            use_cpu=device.type == "cpu", dataloader_pin_memory=False,
         ),
         data_collator=collate,
         train_dataset=examples(captions, settings),
         optimizers=optimizer_and_schedule(trained, settings),
         compute_loss_func=partial(caption_loss, smoothing=settings.label_smoothing),
-        callbacks=[Progress(), checkpoints.MarkComplete()],
+        callbacks=[checkpoints.MarkComplete()],
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
     with fastvlm.features_as_pixels(tower):
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
     model = trained.merge_and_unload() if settings.lora_rank else trained
     model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)
@@ -130,15 +130,6 @@ def vision_features(tower, processor, images: Sequence[Path], device: torch.devi
     return torch.cat(parts)
 
 
-def with_lora(model: torch.nn.Module, rank: int):
-    """LoRA on all linear layers of the language model; the projector is trained as it is."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=rf"{VISION}|.*{PROJECTOR}.*",
-        modules_to_save=[PROJECTOR],
-    )  # fmt: skip
-    return get_peft_model(model, config)
-
-
 def optimizer_and_schedule(model: torch.nn.Module, settings: PhotoCaptionerSettings):
     """AdamW; the learning rate rises in the first 5 % of a phase and decays as a cosine."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -161,19 +152,3 @@ def caption_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, smoothi
     """Mean cross-entropy of labels (n, t), -100 to ignore; logits (n, t + 1, vocabulary) each predict the next."""
     logits = outputs.logits[:, :-1].flatten(0, 1).float()
     return cross_entropy(logits, labels.flatten(), label_smoothing=smoothing)
-
-
-class Progress(TrainerCallback):
-    """Prints the loss and the time left."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            pace = (time.monotonic() - self.began) / (state.global_step - self.first)
-            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
-            print(
-                f"captioner: step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  "
-                f"{pace:.2f} s a step  {left} left", flush=True,
-            )  # fmt: skip
