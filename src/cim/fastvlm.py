@@ -146,14 +146,10 @@ def prompt_tokens(processor: LlavaProcessor, prompt: str, features: torch.Tensor
 
 def caption_batch(tokenizer, prompt: list[int], captions: list[str]) -> dict[str, torch.Tensor]:
     """Prompt and caption as one right-padded sequence; labels are the known words of the caption and its end."""
-    answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(captions, add_special_tokens=False)["input_ids"]]
-    labels = [[-100 if token == tokenizer.unk_token_id else token for token in answer] for answer in answers]
-
-    def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": padded(([*prompt, *answer] for answer in answers), tokenizer.pad_token_id),
-        "labels": padded(([-100] * len(prompt) + label for label in labels), -100),
-        "attention_mask": padded(([1] * (len(prompt) + len(answer)) for answer in answers), 0),
-    }
+    answers = tokenizer(captions, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*prompt, *answer, tokenizer.eos_token_id]) for answer in answers]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    learned = mask.bool() & (tokens != tokenizer.unk_token_id)  # all of them where unk_token_id is None
+    learned[:, : len(prompt)] = False
+    return {"input_ids": tokens, "labels": tokens.where(learned, -100), "attention_mask": mask}

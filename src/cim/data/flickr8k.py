@@ -48,12 +48,10 @@ def read(
     there = {path.name for path in photos.glob("[!.]*") if path.suffix.lower() in SUFFIXES}
     if bare := sorted(there - captions.keys()):
         print(f"dataset: {len(bare)} photos in {photos} have no caption, '{bare[0]}' among them; left out")
+    kept = [(image, *captions[image]) for image in found if image in splits]
     return layout.joined(
-        layout.row(
-            photos / image, captions[image][0], splits[image], "flickr8k", queries=json.dumps(captions[image][1:])
-        )
-        for image in found
-        if image in splits
+        layout.row(photos / image, first, splits[image], "flickr8k", queries=json.dumps(rest))
+        for image, first, *rest in kept
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from cim.errors import CimError
+from cim.files import explained
 from cim.params import group
 from cim.train.settings import ComputeSettings
 
@@ -63,10 +64,9 @@ def command(accelerate: str | None, devices: int) -> list[str]:
 
 def configuration(accelerate: str | None) -> dict:
     """The content of a configuration file of accelerate, empty for None; CimError where it cannot be read."""
-    try:
+    fix = "name one of conf/accelerate, or null"
+    with explained(f"parameters: compute.accelerate: {accelerate}: cannot be read", fix, OSError, yaml.YAMLError):
         return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8")) if accelerate else {}
-    except (OSError, yaml.YAMLError) as error:
-        raise CimError(f"parameters: compute.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
 def processes(accelerate: str | None) -> int:

@@ -15,9 +15,9 @@ from transformers import FastVlmForConditionalGeneration, LlavaProcessor
 
 from cim import fastvlm
 from cim.errors import CimError
-from cim.processes import bfloat16_if_fast, default_device
-from cim.world.encoder import PREPROCESS, load_pixels, minimize, normalise
-from cim.world.language import BACKGROUND_PHRASES, FULL, RELATION_PHRASES, SIZE_WORDS, describe
+from cim.processes import default_device
+from cim.world.encoder import PREPROCESS, frozen_features, load_pixels, minimize
+from cim.world.language import FACT_OF, FULL, describe
 from cim.world.scenes import Scene
 from cim.world.settings import CaptionerSettings
 from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
@@ -26,9 +26,7 @@ from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
 def build_processor(image_size: int, prompt: str) -> LlavaProcessor:
     """Image processor and word-level tokenizer for every word that the small world's English can use."""
     phrases = [prompt, ". , ? a an the is there and background"]
-    phrases += [*COLOURS, *FAMILY_OF, *KIND_OF_FAMILY, *KIND_OF_FAMILY.values()]
-    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES):
-        phrases += [phrase for wordings in table.values() for phrase in wordings]
+    phrases += [*COLOURS, *FAMILY_OF, *KIND_OF_FAMILY, *KIND_OF_FAMILY.values(), *FACT_OF]
     tokenizer = fastvlm.word_tokenizer(word for phrase in phrases for word in fastvlm.split_words(phrase))
     return fastvlm.build_processor(tokenizer, fastvlm.WORDS_CHAT, image_size, PREPROCESS["mean"], PREPROCESS["std"])
 
@@ -59,9 +57,7 @@ def train_captioner(
     model = build_model(processor.tokenizer, encoder, settings).to(device)
     tower = model.model.vision_tower
     tower.requires_grad_(False).eval()
-    with torch.inference_mode(), bfloat16_if_fast(device):
-        maps = [tower(normalise(chunk, device)).last_hidden_state.float() for chunk in pixels.split(256)]
-    features = torch.cat(maps).clone()
+    features = frozen_features(lambda chunk: tower(chunk).last_hidden_state, pixels)
     tokens = fastvlm.prompt_tokens(processor, settings.prompt, features)
     fastvlm.whiten_projector(model, features)
     model.train()

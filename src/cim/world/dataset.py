@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from cim.world.graphs import extended_lists
 from cim.world.language import ask, describe
-from cim.world.render import Painter
+from cim.world.render import paint
 from cim.world.scenes import compose_splits
 
 
@@ -21,14 +21,13 @@ def draw_dataset(drawings: Path, out: Path, seed: int, **splits) -> pd.DataFrame
     """
     rng = np.random.default_rng(seed)
     placed = compose_splits(rng, **splits)
-    questions = iter(ask([p.scene for p in placed if p.split == "test"], rng))
-    painter = Painter(drawings)
+    questions = iter(ask([scene for scene, split, _ in placed if split == "test"], rng))
     (out / "images").mkdir()
     rows = []
     for i, (scene, split, template) in enumerate(tqdm(placed, desc="drawing scenes", mininterval=2)):
         image_id = f"{split}-{i:06d}"
         image = f"images/{image_id}.png"
-        painter.paint(scene, rng).save(out / image, compress_level=1)  # fast, since the files are many and small
+        paint(drawings, scene, rng).save(out / image, compress_level=1)  # fast, since the files are many and small
         known = map(json.dumps, (next(questions), *extended_lists(scene))) if split == "test" else [None] * 3
         row = (image_id, image, describe(scene, rng), split, "openmoji-world", template, scene.to_json(), *known)
         rows.append(row)

@@ -53,7 +53,7 @@ def train_encoder(
     }
     model = open_clip.CustomTextCLIP(**config)
     named = train_trunk(model.visual.trunk, pixels, [Scene.from_json(scene) for scene in scenes], settings)
-    pooled = pooled_features(model.visual.trunk, pixels)
+    pooled = frozen_features(model.visual.trunk, pixels)
     metrics = {"objects_named": named, "captions_retrieved_of_heldout": train_clip(model, pooled, captions, settings)}
     _save(model, config, out)
     for count in settings.text_towers:
@@ -157,14 +157,13 @@ def train_trunk(
     return float(correct[names < EMPTY].float().mean())
 
 
-def pooled_features(trunk: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """(n, c) features of the trunk, which stays as it is."""
+def frozen_features(embed: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    """What `embed`, on the default device and not trained, gives for uint8 pixels (n, 3, h, w)."""
     device = default_device()
-    trunk.to(device).eval()
     with torch.inference_mode(), bfloat16_if_fast(device):
         chunks = tqdm(pixels.split(256), desc="trunk features", mininterval=2)
-        pooled = torch.cat([trunk(normalise(chunk, device)).float() for chunk in chunks])
-    return pooled.clone()  # out of inference mode, so that the head's backward may keep it
+        features = torch.cat([embed(normalise(chunk, device)).float() for chunk in chunks])
+    return features.clone()  # out of inference mode, so that a backward may keep it
 
 
 def train_clip(

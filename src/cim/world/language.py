@@ -23,6 +23,13 @@ BACKGROUND_PHRASES = {
     "meadow": ("a meadow", "green grass"), "beach": ("a beach", "a sandy shore"),
     "night": ("a night sky", "the dark night"), "snow": ("snow", "a snowy field"),
 }  # fmt: skip
+# What each of these wordings, and each colour, states.
+FACT_OF = {
+    phrase: fact
+    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES, {colour: [colour] for colour in COLOURS})
+    for fact, phrases in table.items()
+    for phrase in phrases
+}
 QUESTION_KINDS = ("name", "colour", "size", "relation", "background")
 
 

@@ -7,15 +7,8 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from cim.world.language import BACKGROUND_PHRASES, RELATION_PHRASES, SIZE_WORDS
+from cim.world.language import BACKGROUND_PHRASES, FACT_OF, RELATION_PHRASES, SIZE_WORDS
 from cim.world.vocabulary import COLOURS, FAMILY_OF, FORWARD, INVERSE, KIND_OF_FAMILY, generalisations
-
-_MEANING = {
-    phrase: fact
-    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES, {colour: [colour] for colour in COLOURS})
-    for fact, phrases in table.items()
-    for phrase in phrases
-}
 
 
 def _any(*tables: Iterable[str]) -> str:
@@ -58,13 +51,13 @@ def read_caption(caption: str) -> CaptionGraph:
     for sentence in re.split(r"[.!?\n]", caption.lower()):
         sentence = " ".join(re.findall(r"[a-z]+", sentence))
         for phrase in re.findall(rf"\bbackground is {_BACKGROUND}\b", sentence):
-            _add_once(graph.backgrounds, _MEANING[phrase])
+            _add_once(graph.backgrounds, FACT_OF[phrase])
         previous, gap_start = None, 0
         for match in re.finditer(rf"\b((?:\w+ )*?){_NOUN}\b", sentence):
             index = _resolve(graph, match[1].split(), match[2])
             phrases = re.findall(rf"\b{_RELATION}\b", sentence[gap_start : match.end(1)])
             if previous is not None and phrases and index != previous:
-                relation = _MEANING[phrases[-1]]
+                relation = FACT_OF[phrases[-1]]
                 backward = (index, INVERSE[relation], previous)
                 _add_once(graph.relations, (previous, relation, index) if relation in FORWARD else backward)
             previous, gap_start = index, match.end()
@@ -86,8 +79,8 @@ def _resolve(graph: CaptionGraph, before: list[str], noun: str) -> int:
     for word in before[start + 1 :]:
         if word in COLOURS:
             _add_once(graph.objects[index].colours, word)
-        elif _MEANING.get(word) in SIZE_WORDS:
-            _add_once(graph.objects[index].sizes, _MEANING[word])
+        elif FACT_OF.get(word) in SIZE_WORDS:
+            _add_once(graph.objects[index].sizes, FACT_OF[word])
     return index
 
 
@@ -112,17 +105,17 @@ def answer(question: str, caption: CaptionGraph) -> str:
 def _statements(caption: CaptionGraph, kind: str, *words: str) -> tuple[Collection[str], str]:
     """What the caption states on the subject of a question, and what the question asks for."""
     if kind == "background":
-        return caption.backgrounds, _MEANING[words[0]]
+        return caption.backgrounds, FACT_OF[words[0]]
     if kind == "relation":
         a, b = _referent(caption, words[0]), _referent(caption, words[2])
-        return {r if x == a else INVERSE[r] for x, r, y in caption.relations if {x, y} == {a, b}}, _MEANING[words[1]]
+        return {r if x == a else INVERSE[r] for x, r, y in caption.relations if {x, y} == {a, b}}, FACT_OF[words[1]]
     noun, value = words
     if kind == "name":
         index = _find(caption, noun)
         named = index is not None and caption.objects[index].noun in FAMILY_OF
         return [caption.objects[index].noun] if named else [], value
     index = _referent(caption, noun)
-    return [] if index is None else getattr(caption.objects[index], kind), _MEANING[value]
+    return [] if index is None else getattr(caption.objects[index], kind), FACT_OF[value]
 
 
 def _referent(caption: CaptionGraph, noun: str) -> int | None:

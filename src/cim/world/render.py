@@ -1,6 +1,6 @@
 """Drawing scenes from the rendered OpenMoji art."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +22,28 @@ BACKDROPS = {
 }
 
 
-class Painter:
-    """Paints scenes from a folder of drawings, and keeps those that it has tinted and scaled."""
+def paint(drawings: Path, scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Draw the scene, 112 x 112 RGB; `rng` jitters the tilt of each object and its place in its cell."""
+    canvas = _backdrop(scene.background, rng)
+    for o in scene.objects:
+        sprite = _sprite(drawings, o.name, o.colour, o.size)
+        sprite = sprite.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR)
+        row, column = o.cell
+        x, y = (k * CELL_PIXELS + int(rng.integers(0, CELL_PIXELS - sprite.width + 1)) for k in (column, row))
+        canvas.paste(sprite, (x, y), sprite)
+    return canvas
 
-    def __init__(self, drawings: Path):
-        self._drawings = Path(drawings)
-        self._sprite = lru_cache(maxsize=None)(self._load)
 
-    def _load(self, name: str, colour: str, size: str) -> Image.Image:
-        path = self._drawings / f"{name}.png"
-        with explained(f"{path}: cannot be read", "run 'cim data' to draw it again", OSError):
-            art = Image.open(path).convert("RGBA")
-        shadow, mid, highlight = COLOURS[colour]
-        tinted = ImageOps.colorize(ImageOps.autocontrast(art.convert("L")), shadow, highlight, mid).convert("RGBA")
-        tinted.putalpha(art.getchannel("A"))
-        return tinted.resize((OBJECT_PIXELS[size],) * 2, Image.Resampling.LANCZOS)
-
-    def paint(self, scene: Scene, rng: np.random.Generator) -> Image.Image:
-        """Draw the scene, 112 x 112 RGB; `rng` jitters the tilt of each object and its place in its cell."""
-        canvas = _backdrop(scene.background, rng)
-        for o in scene.objects:
-            sprite = self._sprite(o.name, o.colour, o.size).rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR)
-            row, column = o.cell
-            x, y = (k * CELL_PIXELS + int(rng.integers(0, CELL_PIXELS - sprite.width + 1)) for k in (column, row))
-            canvas.paste(sprite, (x, y), sprite)
-        return canvas
+@cache
+def _sprite(drawings: Path, name: str, colour: str, size: str) -> Image.Image:
+    """A drawing, tinted and scaled."""
+    path = drawings / f"{name}.png"
+    with explained(f"{path}: cannot be read", "run 'cim data' to draw it again", OSError):
+        art = Image.open(path).convert("RGBA")
+    shadow, mid, highlight = COLOURS[colour]
+    tinted = ImageOps.colorize(ImageOps.autocontrast(art.convert("L")), shadow, highlight, mid).convert("RGBA")
+    tinted.putalpha(art.getchannel("A"))
+    return tinted.resize((OBJECT_PIXELS[size],) * 2, Image.Resampling.LANCZOS)
 
 
 def _backdrop(name: str, rng: np.random.Generator) -> Image.Image:

@@ -80,7 +80,5 @@ def score_captions(captions: list[str], scenes: list[Scene], questions: list[lis
 def graph_f1(scores: pd.DataFrame) -> np.ndarray:
     """F1 over all facts of each caption, (n,); 0 if nothing true is stated."""
     stated, correct, recalled, true = (scores[[f"{f}_{c}" for f in FACTS]].to_numpy().sum(axis=1) for c in COUNTS)
-    precision = np.divide(correct, stated, out=np.zeros(len(scores)), where=stated > 0)
-    recall = recalled / true
-    total = precision + recall
-    return np.divide(2 * precision * recall, total, out=np.zeros(len(scores)), where=total > 0)
+    precision, recall = correct / np.maximum(stated, 1), recalled / true
+    return 2 * precision * recall / np.where(correct > 0, precision + recall, 1)
