@@ -12,13 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cim import fastvlm
 from cim.captioners.models import ModelSettings, load_model, prompt_inputs
-from cim.captioners.photos import build_captioner, load_language_model
 from cim.captioners.settings import PhotoCaptionerSettings
 from cim.data.manifest import write_manifest
 from cim.encoders import load_image_encoder
 from cim.errors import CimError
 from cim.pipeline import captioner as stage
 from cim.train import captioner
+from cim.train.captioner import build_captioner, load_language_model
 from conftest import PROMPT
 from standins import text_shape, tokenizer
 

@@ -20,7 +20,7 @@ ORDER = [0, 1, 0, 2, 0, 1]  # as GRPO repeats images in a batch
 def fastvlm_with_resnet():
     tokenizer = fastvlm.word_tokenizer(fastvlm.split_words(PROMPT))
     text = fastvlm.decoder_config(hidden_size=32, layers=2, heads=2)
-    model = fastvlm.assemble(timm.create_model("test_resnet", num_classes=0), "test_resnet", text, tokenizer)
+    model = fastvlm.assemble(timm.create_model("test_resnet", num_classes=0), text, tokenizer)
     return model, fastvlm.build_processor(tokenizer, fastvlm.WORDS_CHAT, 64, [0.5] * 3, [0.5] * 3)
 
 

@@ -78,9 +78,14 @@ def test_errors_lower_precision(seed, errors):
     assert sum(counts[f"{f}_correct"] for f in scoring.FACTS) < sum(counts[f"{f}_stated"] for f in scoring.FACTS)
 
 
-def test_more_errors_than_facts_are_refused(rng):
-    with pytest.raises(ValueError, match="fewer than"):
-        language.corrupt(SCENE, rng, 99)
+def test_all_facts_can_be_false_and_no_more(rng):
+    false = language.corrupt(SCENE, rng, 99)
+    assert false.background != SCENE.background
+    for kind in ("name", "colour", "size"):
+        assert all(
+            getattr(o, kind) not in {getattr(p, kind) for p in SCENE.objects if FAMILY_OF[p.name] == FAMILY_OF[o.name]}
+            for o in false.objects
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_a_data_set_without_test_scenes(raw_data, tmp_path):
 
 def test_missing_drawings_are_named(tmp_path):
     from cim.errors import CimError
-    from cim.world.render import paint
+    from cim.world.dataset import paint
 
     (tmp_path / "owl.png").write_bytes(b"not an image")
     for folder in (tmp_path, tmp_path / "none"):

@@ -85,23 +85,18 @@ def decoder_config(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def assemble(trunk: nn.Module, architecture: str, text: dict[str, Any], tokenizer) -> FastVlmForConditionalGeneration:
+def assemble(trunk: nn.Module, text: dict[str, Any], tokenizer) -> FastVlmForConditionalGeneration:
     """A FastVLM with the weights of a timm trunk; the text model of configuration `text` is untrained."""
     vision = {
-        "model_type": "timm_wrapper", "architecture": architecture, "do_pooling": False,
+        "model_type": "timm_wrapper", "architecture": trunk.pretrained_cfg["architecture"], "do_pooling": False,
         "hidden_size": trunk.num_features, "model_args": {"global_pool": ""},
     }  # fmt: skip
-    text = text | {
-        "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }  # fmt: skip
-    shared = {
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
-        "tie_word_embeddings": text["tie_word_embeddings"],
-    }
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = text | ends | {"vocab_size": len(tokenizer), "bos_token_id": None}
+    shared = {"tie_word_embeddings": text["tie_word_embeddings"], "image_token_index": tokenizer.vocab[IMAGE]}
     model = FastVlmForConditionalGeneration(FastVlmConfig(vision_config=vision, text_config=text, **shared))
     model.model.vision_tower.timm_model.load_state_dict(trunk.state_dict(), strict=False)
-    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.update(**ends)
     return model
 
 

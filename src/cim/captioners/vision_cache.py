@@ -35,7 +35,8 @@ class VisionCache:
         images = None if pixel_values is None or needs_gradients else split_images(pixel_values, options)
         if images is None:
             return self.forward(*([] if pixel_values is None else [pixel_values]), **options)
-        return tree_map(_joined, *[self._features(*image) for image in images])
+        features = [self._features(*image) for image in images]
+        return tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *features)
 
     def _features(self, pixels: torch.Tensor, options: dict[str, Any]):
         device = pixels.device.type
@@ -77,14 +78,8 @@ def split_images(pixels: torch.Tensor, options: dict[str, Any]) -> list[tuple[to
         return None
     sizes = options["grid_thw"].prod(1).tolist() if "grid_thw" in rows else 1
     parts = {name: value.split(1) for name, value in rows.items()}
-    return [
-        (image, options | {name: part[i] for name, part in parts.items()})
-        for i, image in enumerate(pixels.split(sizes))
-    ]
-
-
-def _joined(*parts: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
+    images = enumerate(pixels.split(sizes))
+    return [(image, options | {name: part[i] for name, part in parts.items()}) for i, image in images]
 
 
 def _bytes(features) -> int:

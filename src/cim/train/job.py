@@ -75,9 +75,8 @@ class Job:
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
         check_possible(self.settings, self.compute, self.model_settings, self.distributed)
-        self.images, self.validation = training_images(
-            artifacts, self.settings, self.sft and self.sft.images, self.seed
-        )
+        labelled = self.sft and self.sft.images
+        self.images, self.validation = training_images(artifacts, self.settings, labelled, self.seed)
         self.out = artifacts / "train" / run
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         self.checkpoints = artifacts / "checkpoints" / run
@@ -107,7 +106,6 @@ class Job:
             "gradient_accumulation_steps": batches.accumulation, "bf16": s.bf16, "optim": s.optimizer,
             # transformers 5.23 calls it activation_checkpointing; older ones know this name only.
             "gradient_checkpointing": c.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if c.gradient_checkpointing else None,
             "use_cpu": not gpu, "dataloader_pin_memory": gpu,
             "run_name": self.run, "report_to": c.log_to or "none", "logging_steps": 1, "disable_tqdm": True,
         }  # fmt: skip

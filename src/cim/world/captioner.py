@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from transformers import FastVlmForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
 from cim import fastvlm
 from cim.errors import CimError
@@ -31,16 +31,6 @@ def build_processor(image_size: int, prompt: str) -> LlavaProcessor:
     return fastvlm.build_processor(tokenizer, fastvlm.WORDS_CHAT, image_size, PREPROCESS["mean"], PREPROCESS["std"])
 
 
-def build_model(tokenizer, encoder: Path, settings: CaptionerSettings) -> FastVlmForConditionalGeneration:
-    """A FastVLM whose vision tower is the image encoder's trunk; its text model is untrained."""
-    if not (encoder / "open_clip_config.json").is_file():
-        raise CimError(f"{encoder}: holds no image encoder; run stage 'encoder' to train it")
-    trunk = open_clip.create_model_from_pretrained(f"local-dir:{encoder}")[0].visual.trunk
-    name = open_clip.get_model_config(f"local-dir:{encoder}")["vision_cfg"]["timm_model_name"]
-    text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
-    return fastvlm.assemble(trunk, name, text, tokenizer)
-
-
 def train_captioner(
     images: Sequence[Path], scenes: Sequence[str], encoder: Path, settings: CaptionerSettings, out: Path
 ) -> list[dict]:
@@ -54,7 +44,11 @@ def train_captioner(
     pixels = load_pixels(images)
     scenes = [Scene.from_json(scene) for scene in scenes]
     processor = build_processor(pixels.shape[-1], settings.prompt)
-    model = build_model(processor.tokenizer, encoder, settings).to(device)
+    if not (encoder / "open_clip_config.json").is_file():
+        raise CimError(f"{encoder}: holds no image encoder; run stage 'encoder' to train it")
+    trunk = open_clip.create_model_from_pretrained(f"local-dir:{encoder}")[0].visual.trunk
+    text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
+    model = fastvlm.assemble(trunk, text, processor.tokenizer).to(device)
     tower = model.model.vision_tower
     tower.requires_grad_(False).eval()
     features = frozen_features(lambda chunk: tower(chunk).last_hidden_state, pixels)

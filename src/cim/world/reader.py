@@ -1,14 +1,14 @@
-"""A deterministic reader of the small world's English: captions to graphs, questions to answers.
+"""A deterministic reader of the small world's English: captions to scene graphs, questions to answers.
 
 It reads whatever a model writes: unknown words are skipped, and nothing is guessed.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cim.world.language import BACKGROUND_PHRASES, FACT_OF, RELATION_PHRASES, SIZE_WORDS
-from cim.world.vocabulary import COLOURS, FAMILY_OF, FORWARD, INVERSE, KIND_OF_FAMILY, generalisations
+from cim.world.vocabulary import BACKGROUND, COLOURS, FAMILY_OF, FORWARD, INVERSE, KIND_OF_FAMILY, generalisations
 
 
 def _any(*tables: Iterable[str]) -> str:
@@ -124,3 +124,27 @@ def _referent(caption: CaptionGraph, noun: str) -> int | None:
         return index
     coarser = [i for i, o in enumerate(caption.objects) if o.noun in generalisations(noun)]
     return coarser[0] if len(coarser) == 1 else None
+
+
+class WorldReader:
+    """Answers the small world's questions from captions by its grammar, without a model."""
+
+    name = "world"
+
+    def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        return [answer(question, read_caption(caption)) for caption, question in pairs]
+
+
+def scene_graph(caption: str) -> dict:
+    """What a caption states, each thing once: {"objects", "attributes", "relations"}, relations in reading order."""
+    read = read_caption(caption)
+    nouns = [o.noun for o in read.objects]
+    attributes: dict[str, dict[str, None]] = {}
+    for noun, words in [*((o.noun, o.colours + o.sizes) for o in read.objects), (BACKGROUND, read.backgrounds)]:
+        if words:
+            attributes.setdefault(noun, {}).update(dict.fromkeys(words))
+    return {
+        "objects": dict.fromkeys([*nouns, BACKGROUND] if read.backgrounds else nouns),
+        "attributes": attributes,
+        "relations": dict.fromkeys((nouns[a], relation, nouns[b]) for a, relation, b in read.relations),
+    }

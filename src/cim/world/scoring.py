@@ -3,21 +3,19 @@
 import numpy as np
 import pandas as pd
 
-from cim.world.reader import CaptionGraph, answer, read_caption
+from cim.world.reader import CaptionGraph, answer, read_caption, scene_graph
 from cim.world.scenes import Scene, SceneObject
-from cim.world.vocabulary import FAMILY_OF, generalisations
+from cim.world.vocabulary import BACKGROUND, FAMILY_OF, generalisations
 
 FACTS = ("object", "attribute", "relation", "background")
 COUNTS = ("stated", "correct", "recalled", "true")
 
 
 def stated_facts(caption: str) -> list[tuple[str, ...]]:
-    """The facts that a caption states: objects, their colours and sizes, relations by nouns, backgrounds."""
-    graph = read_caption(caption)
-    nouns = [o.noun for o in graph.objects]
-    looks = [(o.noun, look) for o in graph.objects for look in (*o.colours, *o.sizes)]
-    related = [(nouns[a], relation, nouns[b]) for a, relation, b in graph.relations]
-    return [*((noun,) for noun in nouns), *looks, *related, *(("background", b) for b in graph.backgrounds)]
+    """The facts that a caption states, each once: objects, their colours and sizes, relations by nouns, backgrounds."""
+    graph = scene_graph(caption)
+    looks = [(noun, word) for noun, words in graph["attributes"].items() for word in words]
+    return [*((noun,) for noun in graph["objects"] if noun != BACKGROUND), *looks, *graph["relations"]]
 
 
 def align(graph: CaptionGraph, scene: Scene) -> dict[int, SceneObject]:
@@ -45,10 +43,8 @@ def count_facts(graph: CaptionGraph, scene: Scene) -> dict[str, int]:
     relations = set(scene.relations())
     named = sum(graph.objects[i].noun in FAMILY_OF for i in truth)
     looks = sum((o.colour in graph.objects[i].colours) + (o.size in graph.objects[i].sizes) for i, o in truth.items())
-    related = sum(
-        a in truth and b in truth and (truth[a].name, relation, truth[b].name) in relations
-        for a, relation, b in graph.relations
-    )
+    stated = [(truth[a].name, relation, truth[b].name) for a, relation, b in graph.relations if {a, b} <= truth.keys()]
+    related = sum(triple in relations for triple in stated)
     behind = int(scene.background in graph.backgrounds)
     counts = {  # in the order of COUNTS
         "object": (len(graph.objects), len(truth), named, len(scene.objects)),
