@@ -1,6 +1,7 @@
 """Stage `dataset`: any source of images and captions becomes one manifest."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -8,7 +9,8 @@ import pandas as pd
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from cim.data import flickr8k, oxford_pet, sc_captioner
-from cim.data.manifest import with_digests, write_manifest
+from cim.data.manifest import write_manifest
+from cim.images import content_digest, read_stored
 from cim.params import Settings, require
 
 Objects = Annotated[int, Field(ge=2, le=4)]
@@ -46,7 +48,7 @@ class DatasetSettings(Settings):
 def make_dataset(settings: DatasetSettings, out: Path) -> Path:
     """Write the manifest, and for the world its images, to `out`; return the manifest's path.
 
-    A data set that was there is replaced once the new one is complete.
+    A data set that was there is replaced once the new one is complete. An image that cannot be read is a CimError.
     """
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -54,7 +56,10 @@ def make_dataset(settings: DatasetSettings, out: Path) -> Path:
     frame, root = SOURCES[settings.source](settings, aside)
     counts = ", ".join(f"{count:,} images in split {split}" for split, count in frame["split"].value_counts().items())
     print(f"dataset: {counts}", flush=True)
-    write_manifest(with_digests(frame, root), aside / "manifest.parquet", root if root != aside else None)
+    with ThreadPoolExecutor(4) as pool:  # a digest of each file, so that a changed image changes the manifest
+        digests = pool.map(lambda image: content_digest(read_stored(root / image)), frame["image"])
+        frame = frame.assign(digest=list(digests))
+    write_manifest(frame, aside / "manifest.parquet", root if root != aside else None)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
     return out / "manifest.parquet"

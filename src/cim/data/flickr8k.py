@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cim.data import layout
+from cim.data import manifest
 from cim.errors import CimError
 from cim.images import SUFFIXES
 
@@ -49,8 +49,8 @@ def read(
     if bare := sorted(there - captions.keys()):
         print(f"dataset: {len(bare)} photos in {photos} have no caption, '{bare[0]}' among them; left out")
     kept = [(image, *captions[image]) for image in found if image in splits]
-    return layout.joined(
-        layout.row(photos / image, first, splits[image], "flickr8k", queries=json.dumps(rest))
+    return manifest.joined(
+        manifest.row(photos / image, first, splits[image], "flickr8k", queries=json.dumps(rest))
         for image, first, *rest in kept
     )
 
