@@ -98,9 +98,9 @@ def test_no_more_facts_than_there_are_can_be_false():
 )  # fmt: skip
 def test_reading(caption, objects, relations, background):
     graph = reader.read_caption(caption)
-    assert [(o.noun, o.colours, o.sizes) for o in graph.objects] == objects
-    assert graph.relations == relations
-    assert graph.backgrounds == background
+    assert [(o.noun, list(o.colours), list(o.sizes)) for o in graph.objects] == objects
+    assert list(graph.relations) == relations
+    assert list(graph.backgrounds) == background
 
 
 def test_saying_a_thing_twice_is_a_false_object():

@@ -53,7 +53,7 @@ def make_dataset(settings: DatasetSettings, out: Path) -> Path:
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    frame, root = SOURCES[settings.source](settings, aside)
+    frame, root = SOURCES[settings.source](settings, Path(settings.folder).expanduser().resolve(), aside)
     counts = ", ".join(f"{count:,} images in split {split}" for split, count in frame["split"].value_counts().items())
     print(f"dataset: {counts}", flush=True)
     with ThreadPoolExecutor(4) as pool:  # a digest of each file, so that a changed image changes the manifest
@@ -65,18 +65,19 @@ def make_dataset(settings: DatasetSettings, out: Path) -> Path:
     return out / "manifest.parquet"
 
 
-def _world(s: DatasetSettings, out: Path) -> tuple[pd.DataFrame, Path]:
+def _world(s: DatasetSettings, folder: Path, out: Path) -> tuple[pd.DataFrame, Path]:
     from cim.world.dataset import draw_dataset
 
     splits = s.model_dump(include={"pretrain", "train", "test", "looks", "gallery_variants"})
     objects = (s.min_objects, s.max_objects)
-    return draw_dataset(Path(s.folder) / "objects", out, s.seed, objects=objects, **splits), out
+    return draw_dataset(folder / "objects", out, s.seed, objects=objects, **splits), out
 
 
-# Each takes the settings and the folder to draw to; it returns the manifest's rows and the folder of their images.
+# Each takes the settings, the absolute path of their folder, and the folder to draw to; it returns the manifest's rows
+# and the folder of their images.
 SOURCES = {
     "world": _world,
-    "flickr8k": lambda s, out: flickr8k.read(Path(s.folder), s.images, s.pretrain, s.train, s.test),
-    "sc_captioner": lambda s, out: sc_captioner.read(Path(s.folder), s.images, s.train, s.test, s.seed),
-    "oxford_pet": lambda s, out: oxford_pet.read(Path(s.folder), s.images, s.seed),
+    "flickr8k": lambda s, folder, _: flickr8k.read(folder, s.images, s.pretrain, s.train, s.test),
+    "sc_captioner": lambda s, folder, _: sc_captioner.read(folder, s.images, s.train, s.test, s.seed),
+    "oxford_pet": lambda s, folder, _: oxford_pet.read(folder, s.images, s.seed),
 }

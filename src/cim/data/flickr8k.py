@@ -35,7 +35,6 @@ def read(
     Raises:
         CimError: if there are no captions of photos that are there, or the split files are incomplete or inconsistent.
     """
-    folder = folder.expanduser().resolve()
     default = next((path for name in PHOTOS if (path := folder / name).is_dir()), folder / PHOTOS[0])
     photos = Path(images).expanduser().resolve() if images else default
     captions = read_captions(folder).groupby("image", sort=False)["caption"].agg(list).to_dict()

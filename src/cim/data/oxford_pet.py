@@ -25,7 +25,6 @@ def read(folder: Path, images: str | None, seed: int) -> tuple[pd.DataFrame, Pat
     Raises:
         CimError: if list.txt is missing or has another layout, or an image is missing or ambiguous.
     """
-    folder = folder.expanduser().resolve()
     pets = _listed(manifest.find_file(folder, "list.txt"))
     paths = ImageFolder(images or folder / "images").paths([image for image, *_ in pets])
     breeds = {s: sorted({breed for _, breed, species in pets if species == s}) for s in SPECIES.values()}

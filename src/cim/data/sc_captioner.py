@@ -30,7 +30,6 @@ def read(folder: Path, images: str | None, train: int, test: int, seed: int) -> 
     Raises:
         CimError: if a file has another layout, or an image is missing or ambiguous.
     """
-    folder = folder.expanduser().resolve()
     photos = ImageFolder(images or folder)
     captions = llama_factory(manifest.find_file(folder, TRAIN_FILE))
     if train:

@@ -1,10 +1,10 @@
 """Starting a run with accelerate, on all devices of this machine or as a configuration file says."""
 
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from tempfile import TemporaryDirectory
 
 import torch
@@ -32,8 +32,7 @@ def train(run: str, params: dict) -> Iterator[str]:
         if configuration(compute.accelerate).get("num_machines", 1) == 1:  # others start processes without this input
             started.append("--attached")
         # This end of the pipe to standard input closes when this process ends, even by kill -9.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(started, **pipes, text=True) as process:
+        with Popen(started, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True) as process:
             for line in map(str.rstrip, process.stdout):
                 lines.append(line)
                 if line.startswith(SHOWN):
@@ -56,9 +55,8 @@ def command(accelerate: str | None, devices: int) -> list[str]:
     if configuration(accelerate):
         options = ["--config_file", accelerate]
     else:
-        options = ["--num_processes", str(max(1, devices)), "--num_machines", "1"]
-        options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        options += {0: ["--cpu"], 1: []}.get(devices, ["--multi_gpu"])
+        options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options += ["--num_processes", str(max(1, devices)), *{0: ["--cpu"], 1: []}.get(devices, ["--multi_gpu"])]
     return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "cim.train"]
 
 

@@ -49,8 +49,7 @@ def train_captioner(
     trunk = open_clip.create_model_from_pretrained(f"local-dir:{encoder}")[0].visual.trunk
     text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
     model = fastvlm.assemble(trunk, text, processor.tokenizer).to(device)
-    tower = model.model.vision_tower
-    tower.requires_grad_(False).eval()
+    tower = model.model.vision_tower.requires_grad_(False).eval()
     features = frozen_features(lambda chunk: tower(chunk).last_hidden_state, pixels)
     tokens = fastvlm.prompt_tokens(processor, settings.prompt, features)
     fastvlm.whiten_projector(model, features)
@@ -74,7 +73,6 @@ def train_captioner(
         with fastvlm.features_as_pixels(tower):
             losses = minimize(optimizer, loss_of, batches, steps, 0.1, f"captioner: {phase}", max_norm=1.0)
         curve += [{"phase": phase, "step": step, "loss": losses[step]} for step in range(0, steps, 10)]
-    model.requires_grad_(True).eval()
-    model.save_pretrained(out)
+    model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)
     return curve

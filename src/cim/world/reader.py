@@ -29,11 +29,11 @@ _QUESTIONS = {
 
 @dataclass
 class ReadObject:
-    """An object of a caption."""
+    """An object of a caption. Dictionaries here stand for ordered sets: their keys count."""
 
     noun: str
-    colours: list[str] = field(default_factory=list)
-    sizes: list[str] = field(default_factory=list)
+    colours: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,8 +41,8 @@ class CaptionGraph:
     """What a caption states. Relations are (subject index, relation, object index), relations of FORWARD only."""
 
     objects: list[ReadObject] = field(default_factory=list)
-    relations: list[tuple[int, str, int]] = field(default_factory=list)
-    backgrounds: list[str] = field(default_factory=list)
+    relations: dict[tuple[int, str, int], None] = field(default_factory=dict)
+    backgrounds: dict[str, None] = field(default_factory=dict)
 
 
 def read_caption(caption: str) -> CaptionGraph:
@@ -51,7 +51,7 @@ def read_caption(caption: str) -> CaptionGraph:
     for sentence in re.split(r"[.!?\n]", caption.lower()):
         sentence = " ".join(re.findall(r"[a-z]+", sentence))
         for phrase in re.findall(rf"\bbackground is {_BACKGROUND}\b", sentence):
-            _add_once(graph.backgrounds, FACT_OF[phrase])
+            graph.backgrounds[FACT_OF[phrase]] = None
         previous, gap_start = None, 0
         for match in re.finditer(rf"\b((?:\w+ )*?){_NOUN}\b", sentence):
             index = _resolve(graph, match[1].split(), match[2])
@@ -59,14 +59,9 @@ def read_caption(caption: str) -> CaptionGraph:
             if previous is not None and phrases and index != previous:
                 relation = FACT_OF[phrases[-1]]
                 backward = (index, INVERSE[relation], previous)
-                _add_once(graph.relations, (previous, relation, index) if relation in FORWARD else backward)
+                graph.relations[(previous, relation, index) if relation in FORWARD else backward] = None
             previous, gap_start = index, match.end()
     return graph
-
-
-def _add_once(items: list, item) -> None:
-    if item not in items:
-        items.append(item)
 
 
 def _resolve(graph: CaptionGraph, before: list[str], noun: str) -> int:
@@ -78,9 +73,9 @@ def _resolve(graph: CaptionGraph, before: list[str], noun: str) -> int:
         graph.objects.append(ReadObject(noun))
     for word in before[start + 1 :]:
         if word in COLOURS:
-            _add_once(graph.objects[index].colours, word)
+            graph.objects[index].colours[word] = None
         elif FACT_OF.get(word) in SIZE_WORDS:
-            _add_once(graph.objects[index].sizes, FACT_OF[word])
+            graph.objects[index].sizes[FACT_OF[word]] = None
     return index
 
 
@@ -140,9 +135,9 @@ def scene_graph(caption: str) -> dict:
     read = read_caption(caption)
     nouns = [o.noun for o in read.objects]
     attributes: dict[str, dict[str, None]] = {}
-    for noun, words in [*((o.noun, o.colours + o.sizes) for o in read.objects), (BACKGROUND, read.backgrounds)]:
+    for noun, words in [*((o.noun, o.colours | o.sizes) for o in read.objects), (BACKGROUND, read.backgrounds)]:
         if words:
-            attributes.setdefault(noun, {}).update(dict.fromkeys(words))
+            attributes.setdefault(noun, {}).update(words)
     return {
         "objects": dict.fromkeys([*nouns, BACKGROUND] if read.backgrounds else nouns),
         "attributes": attributes,

@@ -83,10 +83,8 @@ def relocated(scene: Scene, rng: Generator) -> Scene:
 
 def near_duplicates(scene: Scene) -> list[Scene]:
     """The scene in every combination of its objects' sizes, its own included."""
-    return [
-        replace(scene, objects=tuple(replace(o, size=size) for o, size in zip(scene.objects, sizes, strict=True)))
-        for sizes in product(SIZES, repeat=len(scene.objects))
-    ]
+    sized = [[replace(o, size=size) for size in SIZES] for o in scene.objects]
+    return [replace(scene, objects=objects) for objects in product(*sized)]
 
 
 def compose_splits(

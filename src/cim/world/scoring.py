@@ -64,7 +64,7 @@ def count_facts(graph: CaptionGraph, scene: Scene) -> dict[str, int]:
     behind = int(scene.background in graph.backgrounds)
     counts = {  # in the order of COUNTS
         "object": (len(graph.objects), len(truth), named, len(scene.objects)),
-        "attribute": (sum(len(o.colours + o.sizes) for o in graph.objects), looks, looks, 2 * len(scene.objects)),
+        "attribute": (sum(len(o.colours | o.sizes) for o in graph.objects), looks, looks, 2 * len(scene.objects)),
         "relation": (len(graph.relations), related, related, len(relations)),
         "background": (len(graph.backgrounds), behind, behind, 1),
     }
