@@ -57,8 +57,10 @@ def test_outputs_and_gradients_are_the_same_and_each_image_is_computed_once(name
         logits.square().mean().backward()
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
-    # Convolutions of a batch and of one image may differ in the last bit; `test_changed_weights...` compares exactly.
-    same = partial(torch.allclose, atol=1e-5) if name == "fastvlm" else torch.equal
+    # Convolutions of a batch and of one image may differ in the last bit, and so do products with the patches of all
+    # images (Qwen) on some processors; `test_changed_weights...` compares exactly.
+    rounded = name == "fastvlm" or name.startswith("qwen")
+    same = partial(torch.allclose, atol=1e-5) if rounded else torch.equal
     expected, gradients = outputs()
     calls = count_calls(cache_vision(model, 2**24))
     with torch.inference_mode():  # as in sampling: what it keeps must serve training
