@@ -72,7 +72,7 @@ def main() -> None:
         for name in ("captioner", "dataset", "encoder", "gallery"):
             (work / name).symlink_to((options.artifacts / name).resolve())
         job = Job("cim-0", params, work).load()
-        trainer = make_trainer(job, job_scorer(job, work), work / "checkpoints")
+        trainer = make_trainer(job, job_scorer(job), work / "checkpoints")
         reward, rollout = Watch(), Watch()
         trainer.reward_funcs[0] = reward.around(trainer.reward_funcs[0])
         trainer._generate_and_score_completions = rollout.around(trainer._generate_and_score_completions)

@@ -1,6 +1,9 @@
 """Calibrated rewards: centred and whitened image embeddings, guards against bad captions, and variants of a run."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from cim.captioners.generate import repetition
@@ -9,7 +12,7 @@ from cim.gallery.store import TRANSFORM, load_gallery
 from cim.gallery.transform import ImageTransform
 from cim.runs import with_variant
 from cim.scorer import RewardSettings, Scorer
-from cim.train.reward import Guarded
+from cim.train.reward import trl_reward
 from cim.train.settings import TrainSettings
 
 CALIBRATED = RewardSettings(k=6, decay=1.0, grc_weight=0.5, beta=2.0, center=True, whiten=0.5)
@@ -120,9 +123,17 @@ TRAIN = {
 def test_guards(settings, expected):
     """The second caption is cut off; of the third one's three word pairs one is a repetition."""
     captions = ["a red owl", "a blue", "snow snow snow falls"]
-    guarded = Guarded(lambda completions, **columns: [3.0, 2.0, 1.0], TrainSettings(**TRAIN, **settings), {0})
-    found = guarded(completions=captions, completion_ids=[[5, 6, 0], [5, 6, 7], [5, 5, 5, 6, 0]])
+    scorer = SimpleNamespace(retrieval_scores=lambda captions, image_ids: pd.DataFrame({"cim": [3.0, 2.0, 1.0]}))
+    reward = trl_reward(scorer, "cim", TrainSettings(**TRAIN, **settings), {0})
+    logged = {}
+    found = reward(
+        completions=[[{"role": "assistant", "content": caption}] for caption in captions],
+        completion_ids=[[5, 6, 0], [5, 6, 7], [5, 5, 5, 6, 0]],
+        image_id=["a", "a", "a"],
+        log_metric=logged.__setitem__,
+    )
     np.testing.assert_allclose(found, expected)
+    assert logged["score/cim"] == 2.0  # what is logged is not guarded
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ def test_invalid_captions_are_reported(tmp_path):
     assert captions == {"a": "an owl", "b": "", "c": "", "d": "new", "e": long[:20_000], "f": ""}
     said = {(p.image, p.what.split(";")[0]) for p in problems}
     assert said == {
-        ("b", "caption is empty"), ("c", "caption is a int, not text"), ("stranger", "no such image in the benchmark"),
+        ("b", "caption is empty"), ("c", "caption is not text"), ("stranger", "no such image in the benchmark"),
         ("d", "occurs more than once"), ("e", "caption has 10,000,000 characters"), ("f", "no caption"),
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ from cim.evaluation.capture.readers import (
 )
 from cim.files import read_json
 from cim.report import figures, findings, pages, tables
-from cim.world.graphs import WorldReader
+from cim.world.reader import WorldReader
 from conftest import ROOT
 
 LABELS = {

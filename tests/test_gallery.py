@@ -21,7 +21,13 @@ from cim.gallery.store import drop_excluded, load_gallery
 from cim.params import EncoderSettings
 from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer
-from cim.train.reward import completion_text, trl_reward
+from cim.train.reward import trl_reward
+from cim.train.settings import TrainSettings
+
+TRAIN = TrainSettings(
+    split="train", steps=1, save_every=1, images_per_step=1, group_size=2, lr=1e-4, kl=0.0, temperature=1.0,
+    max_completion=4,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -213,23 +219,21 @@ def test_an_empty_caption_gets_the_lowest_reward_and_never_a_nan(scorer, world):
 def test_rewards_as_trl_calls_them(scorer, world, name):
     ids = world.split("test").frame["image_id"].tolist()[:2]
     logged = {}
-    reward = trl_reward(scorer, name)
+    reward = trl_reward(scorer, name, TRAIN, {0})
     chats = [[{"role": "assistant", "content": "an owl."}], [{"role": "assistant", "content": ""}]]
-    values = reward(
-        completions=chats, image_id=ids, prompts=["x", "y"], log_metric=logged.__setitem__, completion_ids=[[1], [2]]
-    )
+    columns = {"prompts": ["x", "y"], "log_metric": logged.__setitem__, "completion_ids": [[1], [2]]}
+    values = reward(completions=chats, image_id=ids, **columns)
     assert len(values) == 2
     assert all(isinstance(v, float) for v in values)
     assert values[0] >= values[1]
     assert reward.__name__ == name
     assert {"score/grc", "score/qir", "variety/distinct"} <= set(logged)
-    # Plain completions give the same, in any order.
-    assert reward(completions=["", "an owl."], image_id=ids[::-1])[::-1] == pytest.approx(values)
+    assert reward(completions=chats[::-1], image_id=ids[::-1], **columns)[::-1] == pytest.approx(values)
 
 
 def test_an_unknown_reward(scorer):
     with pytest.raises(CimError, match="reward 'best' is unknown"):
-        trl_reward(scorer, "best")
+        trl_reward(scorer, "best", TRAIN, {0})
 
 
 def test_an_unknown_source_image(scorer):
@@ -240,11 +244,6 @@ def test_an_unknown_source_image(scorer):
 def test_a_caption_of_any_length_is_scored(scorer, world):
     image_id = world.split("test").frame["image_id"][0]
     assert scorer.retrieval_scores(["owl " * 20_000], [image_id]).notna().all().all()
-
-
-def test_completion_text():
-    assert completion_text("a") == "a"
-    assert completion_text([{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]) == "b"
 
 
 def test_diversity_shows_a_collapse():

@@ -213,9 +213,10 @@ def test_samples_are_of_training_images_and_those_of_repeated_steps_are_dropped(
     log = SampleLog(reward, path, {"a", "b", "c"})
     for step, images in ((15, "ab"), (20, "xabc"), (21, "ab")):
         state = SimpleNamespace(is_world_process_zero=True, global_step=step)
-        assert log(completions=list(images), image_id=list(images), trainer_state=state) == [1.0] * len(images)
+        said = [[{"role": "assistant", "content": f"an {image}."}] for image in images]
+        assert log(completions=said, image_id=list(images), trainer_state=state) == [1.0] * len(images)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["step"], row.get("image_id")) for row in rows] == [(0, None), (10, None), (20, "a"), (20, "b")]
+    assert [(row["step"], row.get("caption")) for row in rows] == [(0, None), (10, None), (20, "an a."), (20, "an b.")]
 
 
 def test_a_collapse_is_warned_of_once(capsys):

@@ -12,13 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cim import fastvlm
 from cim.captioners.models import ModelSettings, load_model, prompt_inputs
-from cim.captioners.photos import build_captioner, load_language_model
 from cim.captioners.settings import PhotoCaptionerSettings
 from cim.data.manifest import write_manifest
 from cim.encoders import load_image_encoder
 from cim.errors import CimError
 from cim.pipeline import captioner as stage
 from cim.train import captioner
+from cim.train.captioner import build_captioner, load_language_model
 from conftest import PROMPT
 from standins import text_shape, tokenizer
 
@@ -101,7 +101,7 @@ def test_the_frozen_tower_is_the_package_s_and_the_rest_is_trained(trained):
 def test_stopped_at_any_step_it_ends_as_if_unbroken(trained, images, tmp_path, monkeypatch):
     begun = []
 
-    class Stop(captioner.Progress):
+    class Stop(captioner.checkpoints.MarkComplete):
         def on_train_begin(self, args, state, control, **kwargs):
             begun.append(state.global_step)
 
@@ -109,7 +109,7 @@ def test_stopped_at_any_step_it_ends_as_if_unbroken(trained, images, tmp_path, m
             if state.global_step == 3 and len(begun) == 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(captioner, "Progress", Stop)
+    monkeypatch.setattr(captioner.checkpoints, "MarkComplete", Stop)
     run = images, CAPTIONS, trained.settings, tmp_path / "work", tmp_path / "model"
     with pytest.raises(KeyboardInterrupt):
         captioner.train_captioner(*run)

@@ -291,7 +291,7 @@ def test_what_grpo_samples_from_and_learns_from(standin, workspace, published, e
     """Prompts padded on the left and whole, images as evaluation sees them, no placeholder of an image in a caption."""
     monkeypatch.setattr(scorers, "load_encoders", lambda settings: encoders)
     job = Job("cim-0", paper(published, encoder_folder, standin), Path("artifacts")).load()
-    trainer = grpo.make_trainer(job, grpo.job_scorer(job, job.artifacts), Path("checkpoints"))
+    trainer = grpo.make_trainer(job, grpo.job_scorer(job), Path("checkpoints"))
     config = job.model.config
     placeholders = [config.image_token_id, getattr(config, "video_token_id", None) or config.image_token_id]
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
 import two_processes
-from cim import code
+from cim import code, encoders
 from cim.captioners.models import ModelSettings
 from cim.cli import __main__ as cli
 from cim.errors import CimError
@@ -59,8 +59,12 @@ class Interrupt(Exception):
 
 
 @pytest.mark.slow
-def test_a_variant_of_clipscore_trains_by_its_text_tower(workspace, capsys, encoder_folder):
-    """Its rewards are those of the tower; a tower with other weights trains anew."""
+def test_a_variant_of_clipscore_trains_by_its_text_tower(workspace, capsys, encoder_folder, monkeypatch):
+    """Its rewards are those of the tower, which is loaded once; a tower with other weights trains anew."""
+    loaded, load = [], encoders.load_image_encoder
+    monkeypatch.setattr(
+        encoders, "load_image_encoder", lambda spec, **options: (loaded.append(spec), load(spec, **options))[1]
+    )
     tower = workspace / "tower"
     shutil.copytree(encoder_folder / "text-8", tower)
     variants = {"small": {"of": "clipscore", "encoders": {"text_tower": f"open_clip:local-dir:{tower}"}}}
@@ -72,6 +76,8 @@ def test_a_variant_of_clipscore_trains_by_its_text_tower(workspace, capsys, enco
         for run in ("small-0", "clipscore-0")
     )
     assert small[0] != own[0]
+    image = params["encoders"]["image"]
+    assert loaded == [image, f"open_clip:local-dir:{tower}", image]
     capsys.readouterr()
     grpo.train("small-0", params, Path("artifacts"))
     assert "kept: artifacts/train/small-0" in capsys.readouterr().out

@@ -20,7 +20,7 @@ ORDER = [0, 1, 0, 2, 0, 1]  # as GRPO repeats images in a batch
 def fastvlm_with_resnet():
     tokenizer = fastvlm.word_tokenizer(fastvlm.split_words(PROMPT))
     text = fastvlm.decoder_config(hidden_size=32, layers=2, heads=2)
-    model = fastvlm.assemble(timm.create_model("test_resnet", num_classes=0), "test_resnet", text, tokenizer)
+    model = fastvlm.assemble(timm.create_model("test_resnet", num_classes=0), text, tokenizer)
     return model, fastvlm.build_processor(tokenizer, fastvlm.WORDS_CHAT, 64, [0.5] * 3, [0.5] * 3)
 
 
@@ -57,8 +57,10 @@ def test_outputs_and_gradients_are_the_same_and_each_image_is_computed_once(name
         logits.square().mean().backward()
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
-    # Convolutions of a batch and of one image may differ in the last bit; `test_changed_weights...` compares exactly.
-    same = partial(torch.allclose, atol=1e-5) if name == "fastvlm" else torch.equal
+    # Convolutions of a batch and of one image may differ in the last bit, and so do products with the patches of all
+    # images (Qwen) on some processors; `test_changed_weights...` compares exactly.
+    rounded = name == "fastvlm" or name.startswith("qwen")
+    same = partial(torch.allclose, atol=1e-5) if rounded else torch.equal
     expected, gradients = outputs()
     calls = count_calls(cache_vision(model, 2**24))
     with torch.inference_mode():  # as in sampling: what it keeps must serve training

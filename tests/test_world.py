@@ -30,12 +30,12 @@ def test_sixty_objects_in_families_of_three_grades():
 
 def test_splits_share_no_scene(rng):
     placed = compose_splits(rng, pretrain=50, train=40, test=10, looks=2, gallery_variants=4, objects=(2, 3))
-    scenes = {s: {p.scene for p in placed if p.split == s} for s in ("pretrain", "train", "gallery", "test")}
-    assert [len([p for p in placed if p.split == s]) for s in ("pretrain", "train", "test")] == [50, 40, 10]
+    scenes = {s: {scene for scene, split, _ in placed if split == s} for s in ("pretrain", "train", "gallery", "test")}
+    assert [sum(split == s for _, split, _ in placed) for s in ("pretrain", "train", "test")] == [50, 40, 10]
     for a in scenes:
         for b in scenes:
             assert a == b or not scenes[a] & scenes[b]
-    templates = {s: {p.template for p in placed if p.split == s} for s in ("train", "test")}
+    templates = {s: {template for _, split, template in placed if split == s} for s in ("train", "test")}
     assert not templates["train"] & templates["test"]
 
 
@@ -78,9 +78,10 @@ def test_errors_lower_precision(seed, errors):
     assert sum(counts[f"{f}_correct"] for f in scoring.FACTS) < sum(counts[f"{f}_stated"] for f in scoring.FACTS)
 
 
-def test_more_errors_than_facts_are_refused(rng):
-    with pytest.raises(ValueError, match="fewer than"):
-        language.corrupt(SCENE, rng, 99)
+def test_no_more_facts_than_there_are_can_be_false():
+    false, all_false = (language.corrupt(SCENE, np.random.default_rng(0), errors) for errors in (99, 11))
+    assert false == all_false
+    assert false.background != SCENE.background
 
 
 @pytest.mark.parametrize(
@@ -97,9 +98,9 @@ def test_more_errors_than_facts_are_refused(rng):
 )  # fmt: skip
 def test_reading(caption, objects, relations, background):
     graph = reader.read_caption(caption)
-    assert [(o.noun, o.colours, o.sizes) for o in graph.objects] == objects
-    assert graph.relations == relations
-    assert graph.backgrounds == background
+    assert [(o.noun, list(o.colours), list(o.sizes)) for o in graph.objects] == objects
+    assert list(graph.relations) == relations
+    assert list(graph.backgrounds) == background
 
 
 def test_saying_a_thing_twice_is_a_false_object():
@@ -184,12 +185,12 @@ def test_a_data_set_without_test_scenes(raw_data, tmp_path):
 
 def test_missing_drawings_are_named(tmp_path):
     from cim.errors import CimError
-    from cim.world.render import Painter
+    from cim.world.dataset import paint
 
     (tmp_path / "owl.png").write_bytes(b"not an image")
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(CimError, match=r"owl\.png: cannot be read .*; run 'cim data'"):
-            Painter(folder).paint(SCENE, np.random.default_rng(0))
+            paint(folder, SCENE, np.random.default_rng(0))
 
 
 def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):

@@ -59,7 +59,7 @@ def give_captions(trainer):
 
 def main(out: Path) -> None:
     job = Job("cim-0", read_params(), Path("artifacts")).load()
-    trainer = give_captions(make_trainer(job, job_scorer(job, job.artifacts), out / "checkpoints"))
+    trainer = give_captions(make_trainer(job, job_scorer(job), out / "checkpoints"))
     record, reward = {}, trainer.reward_funcs[0]
 
     def recorded(completions, image_id, **columns):

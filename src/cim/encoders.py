@@ -68,6 +68,7 @@ class ImageEncoder:
         self.precision = precision
         self._preprocess, self._embed, self._embed_text = preprocess, embed, embed_text
         self.reads_text = embed_text is not None
+        self.text_digest: str | None = None  # of the encoder whose text tower reads text, where that is another one
         # Channels last is the fast layout of convolutions in short floats.
         self._layout = torch.preserve_format if precision == "float32" else torch.channels_last
         model.eval().to(self.device, memory_format=self._layout)
@@ -136,7 +137,7 @@ class ImageEncoder:
                 f"parameters: encoders.text_tower: '{other.spec}' embeds images otherwise than encoders.image "
                 f"'{self.spec}'; name one with the same image tower"
             )
-        self._embed_text, self.reads_text = other._embed_text, other.reads_text
+        self._embed_text, self.reads_text, self.text_digest = other._embed_text, other.reads_text, other.digest
 
     @torch.inference_mode()
     def _normalized(self, embed: Callable, inputs) -> np.ndarray:

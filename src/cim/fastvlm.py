@@ -85,23 +85,18 @@ def decoder_config(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def assemble(trunk: nn.Module, architecture: str, text: dict[str, Any], tokenizer) -> FastVlmForConditionalGeneration:
+def assemble(trunk: nn.Module, text: dict[str, Any], tokenizer) -> FastVlmForConditionalGeneration:
     """A FastVLM with the weights of a timm trunk; the text model of configuration `text` is untrained."""
     vision = {
-        "model_type": "timm_wrapper", "architecture": architecture, "do_pooling": False,
+        "model_type": "timm_wrapper", "architecture": trunk.pretrained_cfg["architecture"], "do_pooling": False,
         "hidden_size": trunk.num_features, "model_args": {"global_pool": ""},
     }  # fmt: skip
-    text = text | {
-        "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }  # fmt: skip
-    shared = {
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
-        "tie_word_embeddings": text["tie_word_embeddings"],
-    }
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = text | ends | {"vocab_size": len(tokenizer), "bos_token_id": None}
+    shared = {"tie_word_embeddings": text["tie_word_embeddings"], "image_token_index": tokenizer.vocab[IMAGE]}
     model = FastVlmForConditionalGeneration(FastVlmConfig(vision_config=vision, text_config=text, **shared))
     model.model.vision_tower.timm_model.load_state_dict(trunk.state_dict(), strict=False)
-    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.update(**ends)
     return model
 
 
@@ -146,14 +141,10 @@ def prompt_tokens(processor: LlavaProcessor, prompt: str, features: torch.Tensor
 
 def caption_batch(tokenizer, prompt: list[int], captions: list[str]) -> dict[str, torch.Tensor]:
     """Prompt and caption as one right-padded sequence; labels are the known words of the caption and its end."""
-    answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(captions, add_special_tokens=False)["input_ids"]]
-    labels = [[-100 if token == tokenizer.unk_token_id else token for token in answer] for answer in answers]
-
-    def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": padded(([*prompt, *answer] for answer in answers), tokenizer.pad_token_id),
-        "labels": padded(([-100] * len(prompt) + label for label in labels), -100),
-        "attention_mask": padded(([1] * (len(prompt) + len(answer)) for answer in answers), 0),
-    }
+    answers = tokenizer(captions, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*prompt, *answer, tokenizer.eos_token_id]) for answer in answers]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    learned = mask.bool() & (tokens != tokenizer.unk_token_id)  # all of them where unk_token_id is None
+    learned[:, : len(prompt)] = False
+    return {"input_ids": tokens, "labels": tokens.where(learned, -100), "attention_mask": mask}

@@ -2,10 +2,10 @@
 
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cim.errors import CimError
 from cim.files import read_text
@@ -40,6 +40,31 @@ class EncoderSettings(Settings):
     # bfloat16 is used only where the hardware computes in it, else float32.
     text_precision: Literal["float32", "bfloat16"] = "float32"
     image_precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class FastVlmSettings(Settings):
+    """What both forms of the `captioner` group share, the small world's and that for photographs.
+
+    Attributes:
+        hidden_size, layers, heads: of a decoder from scratch.
+        fact_steps, style_steps: updates of the two phases, for what the model knows and for how it says it.
+    """
+
+    prompt: str
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    seed: int
+    batch_size: PositiveInt
+    fact_steps: PositiveInt
+    style_steps: PositiveInt
+    lr: PositiveFloat
+    style_lr: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        require(self.hidden_size % self.heads == 0, "hidden_size must be a multiple of heads")
+        return self
 
 
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:

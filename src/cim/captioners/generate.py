@@ -20,14 +20,9 @@ def caption_images(
     model, processor, manifest: Manifest, settings: ModelSettings, max_new_tokens: int, batch: int = 64, progress=True
 ) -> list[str]:
     """Greedy captions of all images of a manifest."""
-    captions: list[str] = []
-    for start in tqdm(range(0, len(manifest), batch), desc="captioning", disable=not progress, mininterval=2):
-        images = [open_image(path) for path in manifest.image_paths[start : start + batch]]
-        inputs = prompt_inputs(processor, images, settings).to(model.device, dtype=model.dtype)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = out[:, inputs["input_ids"].shape[1] :]
-        captions += [c.strip() for c in processor.batch_decode(answers, skip_special_tokens=True)]
-    return captions
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    parts = _generated(model, processor, manifest, settings, batch, progress, options)
+    return [caption for *_, captions in parts for caption in captions]
 
 
 @torch.inference_mode()
@@ -42,25 +37,31 @@ def sample_captions(
     """
     device, rows = model.device, []
     ends = torch.tensor([processor.tokenizer.pad_token_id, *np.ravel(model.generation_config.eos_token_id)])
+    options = {
+        "max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+        "num_return_sequences": count, "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(manifest), batch), desc="sampling", disable=not progress, mininterval=2):
-            part = manifest.take(range(start, min(start + batch, len(manifest))))
-            images = [open_image(path) for path in part.image_paths]
-            inputs = prompt_inputs(processor, images, settings).to(device, dtype=model.dtype)
-            out = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                num_return_sequences=count, return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-            answers = out.sequences[:, inputs["input_ids"].shape[1] :]
+        for part, out, answers, captions in _generated(model, processor, manifest, settings, batch, progress, options):
             chosen = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
             # The end token counts, the padding after it does not.
             counted = (~torch.isin(answers, ends.to(device))).cumprod(1)
             counted = torch.cat([counted.new_ones(len(counted), 1), counted[:, :-1]], 1)
             likelihood = (chosen.nan_to_num(neginf=0.0) * counted).sum(1) / counted.sum(1)
-            captions = [c.strip() for c in processor.batch_decode(answers, skip_special_tokens=True)]
             rows += zip(part.frame["image_id"].repeat(count), captions, likelihood.tolist(), strict=True)
     return pd.DataFrame(rows, columns=["image_id", "caption", "likelihood"])
+
+
+def _generated(model, processor, manifest: Manifest, settings: ModelSettings, batch: int, progress: bool, options):
+    """For each batch of images: their rows, what `model.generate` gives, the answers' tokens and their text."""
+    for start in tqdm(range(0, len(manifest), batch), desc="captioning", disable=not progress, mininterval=2):
+        part = manifest.take(range(start, min(start + batch, len(manifest))))
+        images = [open_image(path) for path in part.image_paths]
+        inputs = prompt_inputs(processor, images, settings).to(model.device, dtype=model.dtype)
+        out = model.generate(**inputs, **options)
+        answers = getattr(out, "sequences", out)[:, inputs["input_ids"].shape[1] :]
+        yield part, out, answers, [c.strip() for c in processor.batch_decode(answers, skip_special_tokens=True)]
 
 
 def diversity(captions: Sequence[str]) -> dict[str, float]:

@@ -28,9 +28,8 @@ def load_model(settings: ModelSettings, device: torch.device | None = None):
     Raises:
         CimError: where it cannot be loaded, with the reason; so do load_processor and skeleton.
     """
-    name, options = settings.name, {"dtype": DTYPES[settings.dtype], **settings.source}
-    if settings.attention:
-        options["attn_implementation"] = settings.attention
+    name = settings.name
+    options = {"dtype": DTYPES[settings.dtype], "attn_implementation": settings.attention} | settings.source
     with loading(f"model '{name}'"):
         if (Path(name) / "adapter_config.json").is_file():
             from peft import PeftConfig, PeftModel

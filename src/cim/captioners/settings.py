@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from cim.params import Names, Settings, Share, require
+from cim.params import FastVlmSettings, Names, Settings, Share, require
 
 
 class ModelSettings(Settings):
@@ -48,7 +48,7 @@ class CaptionSettings(Settings):
     batch: PositiveInt = 64
 
 
-class PhotoCaptionerSettings(Settings):
+class PhotoCaptionerSettings(FastVlmSettings):
     """The `captioner` group of profiles with photos.
 
     Attributes:
@@ -63,27 +63,16 @@ class PhotoCaptionerSettings(Settings):
         save_every: updates between two checkpoints.
     """
 
-    prompt: str
     vision_tower: str
     language_model: str | None
     image_size: PositiveInt
-    hidden_size: PositiveInt = 256
-    layers: PositiveInt = 3
-    heads: PositiveInt = 4
     min_count: PositiveInt = 5
-    seed: int
-    batch_size: PositiveInt
-    fact_steps: PositiveInt
-    style_steps: PositiveInt
-    lr: PositiveFloat
     projector_lr: PositiveFloat
-    style_lr: PositiveFloat
     label_smoothing: Share = 0.0
     lora_rank: NonNegativeInt
     save_every: PositiveInt
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        require(self.hidden_size % self.heads == 0, "hidden_size must be a multiple of heads")
+    def _check_lora(self) -> Self:
         require(self.language_model is not None or not self.lora_rank, "lora_rank needs a language_model")
         return self

@@ -35,7 +35,8 @@ class VisionCache:
         images = None if pixel_values is None or needs_gradients else split_images(pixel_values, options)
         if images is None:
             return self.forward(*([] if pixel_values is None else [pixel_values]), **options)
-        return tree_map(_joined, *[self._features(*image) for image in images])
+        features = [self._features(*image) for image in images]
+        return tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *features)
 
     def _features(self, pixels: torch.Tensor, options: dict[str, Any]):
         device = pixels.device.type
@@ -44,15 +45,13 @@ class VisionCache:
         rest = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in sorted(options.items())}
         digest = hashlib.sha256(repr((pixels.shape, pixels.dtype, precision, version, rest)).encode())
         digest.update(pixels.detach().contiguous().view(torch.uint8).cpu().numpy())
-        key = digest.digest()
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        # Not as an inference tensor, which could not be used in training.
-        with torch.inference_mode(False), torch.no_grad():
-            features = self.forward(pixels, **options)
-        self._kept[key] = features
-        self.bytes += _bytes(features)
+        features = self._kept.pop(digest.digest(), None)
+        if features is None:
+            # Not as an inference tensor, which could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                features = self.forward(pixels, **options)
+            self.bytes += _bytes(features)
+        self._kept[digest.digest()] = features  # the last is the one used most recently
         while self.bytes > self.max_bytes:
             self.bytes -= _bytes(self._kept.popitem(last=False)[1])
         return features
@@ -74,21 +73,13 @@ def split_images(pixels: torch.Tensor, options: dict[str, Any]) -> list[tuple[to
         pixels: (n, ...), or patches of all images (p, ...) if `options` has `grid_thw`, each image's (n, 3) grid.
     """
     rows = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-    others = [
-        value for value in options.values() if not isinstance(value, torch.Tensor | bool | int | float | str | None)
-    ]
-    if others or not set(rows) <= set(PER_IMAGE):
+    known = all(isinstance(value, torch.Tensor | bool | int | float | str | None) for value in options.values())
+    if not known or not set(rows) <= set(PER_IMAGE):
         return None
     sizes = options["grid_thw"].prod(1).tolist() if "grid_thw" in rows else 1
     parts = {name: value.split(1) for name, value in rows.items()}
-    return [
-        (image, options | {name: part[i] for name, part in parts.items()})
-        for i, image in enumerate(pixels.split(sizes))
-    ]
-
-
-def _joined(*parts: torch.Tensor | None) -> torch.Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
+    images = enumerate(pixels.split(sizes))
+    return [(image, options | {name: part[i] for name, part in parts.items()}) for i, image in images]
 
 
 def _bytes(features) -> int:

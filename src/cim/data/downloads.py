@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import requests
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 
 from cim.errors import CimError
@@ -62,16 +64,11 @@ class HubFiles:
     patterns: list[str]
 
     def size(self) -> int:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import filter_repo_objects
-
         files = HfApi().dataset_info(self.origin, files_metadata=True).siblings
         wanted = filter_repo_objects(files, allow_patterns=self.patterns, key=lambda file: file.rfilename)
         return sum(file.size or 0 for file in wanted)
 
     def fetch(self, folder: Path) -> Path:
-        from huggingface_hub import snapshot_download
-
         snapshot_download(self.origin, repo_type="dataset", allow_patterns=self.patterns, local_dir=folder / "files")
         return folder / "files"
 

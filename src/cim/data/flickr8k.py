@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cim.data import layout
+from cim.data import manifest
 from cim.errors import CimError
 from cim.images import SUFFIXES
 
@@ -35,7 +35,6 @@ def read(
     Raises:
         CimError: if there are no captions of photos that are there, or the split files are incomplete or inconsistent.
     """
-    folder = folder.expanduser().resolve()
     default = next((path for name in PHOTOS if (path := folder / name).is_dir()), folder / PHOTOS[0])
     photos = Path(images).expanduser().resolve() if images else default
     captions = read_captions(folder).groupby("image", sort=False)["caption"].agg(list).to_dict()
@@ -48,12 +47,10 @@ def read(
     there = {path.name for path in photos.glob("[!.]*") if path.suffix.lower() in SUFFIXES}
     if bare := sorted(there - captions.keys()):
         print(f"dataset: {len(bare)} photos in {photos} have no caption, '{bare[0]}' among them; left out")
-    return layout.joined(
-        layout.row(
-            photos / image, captions[image][0], splits[image], "flickr8k", queries=json.dumps(captions[image][1:])
-        )
-        for image in found
-        if image in splits
+    kept = [(image, *captions[image]) for image in found if image in splits]
+    return manifest.joined(
+        manifest.row(photos / image, first, splits[image], "flickr8k", queries=json.dumps(rest))
+        for image, first, *rest in kept
     )
 
 

@@ -87,13 +87,9 @@ def load_labels(folder: Path, name: str = "") -> Labels:
         raise CimError(f"{folder / 'references.json'}: holds no captions")
     if unknown := questions.keys() - references.keys():
         raise CimError(f"{folder / 'questions.json'}: image '{min(unknown)}' is not in references.json")
-    return Labels(
-        name or folder.name,
-        references,
-        questions,
-        read("extra_objects.jsonl", Objects, "{image: [object, ...]}"),
-        read("extra_attributes.json", Attributes, "{image: {object: [attribute, ...]}}"),
-    )
+    objects = read("extra_objects.jsonl", Objects, "{image: [object, ...]}")
+    attributes = read("extra_attributes.json", Attributes, "{image: {object: [attribute, ...]}}")
+    return Labels(name or folder.name, references, questions, objects, attributes)
 
 
 def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, str], list[Problem]]:
@@ -105,16 +101,10 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
     Raises:
         CimError: where the file cannot be read, or has no caption of a known image.
     """
-    pairs: list[tuple[str, object]] = []
-
-    def keep_pairs(found: list[tuple[str, object]]) -> dict:
-        pairs[:] = found  # the outermost object comes last; a dict would hide its repeated keys
-        return dict(found)
-
     with explained(f"{path}: not JSON", "write {image: caption}", ValueError, RecursionError):
-        top = json.loads(read_text(path), object_pairs_hook=keep_pairs)
-    if not isinstance(top, dict):
-        raise CimError(f"{path}: should be {{image: caption}}, not a {type(top).__name__}")
+        pairs = json.loads(read_text(path), object_pairs_hook=tuple)  # a dict would hide repeated keys
+    if not isinstance(pairs, tuple):
+        raise CimError(f"{path}: should be {{image: caption}}, not a {type(pairs).__name__}")
     captions: dict[str, str] = {}
     problems = []
     for name, value in pairs:
@@ -126,7 +116,7 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
         if image in captions:
             problems.append(Problem(image, "occurs more than once; the last one counts"))
         if not isinstance(value, str):
-            problems.append(Problem(image, f"caption is a {type(value).__name__}, not text; scored as empty"))
+            problems.append(Problem(image, "caption is not text; scored as empty"))
             value = ""
         elif not value.strip():
             problems.append(Problem(image, "caption is empty"))

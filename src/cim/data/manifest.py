@@ -1,7 +1,7 @@
-"""The manifest: one Parquet table of images and captions, whatever they come from."""
+"""The manifest: one Parquet table of images and captions, whatever they come from, and making it from their files."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from cim.errors import CimError
 from cim.files import explained, replacing, short_digest
-from cim.images import content_digest, read_stored
 
 REQUIRED = ("image_id", "image", "caption", "split")
 # `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none). Other columns, all JSON or
@@ -71,17 +70,6 @@ def write_manifest(frame: pd.DataFrame, path: Path, image_root: Path | None = No
         pq.write_table(table, partial)
 
 
-def with_digests(frame: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """The frame with column `digest`, a short SHA-256 of each image file, so that a changed image changes the manifest.
-
-    Raises:
-        CimError: if an image cannot be read.
-    """
-    with ThreadPoolExecutor(4) as pool:
-        digests = pool.map(lambda image: content_digest(read_stored(root / image)), frame["image"])
-        return frame.assign(digest=list(digests))
-
-
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest and check it.
 
@@ -104,3 +92,31 @@ def read_manifest(path: Path) -> Manifest:
         if os.path.isabs(image) or os.path.normpath(image).startswith(".."):
             raise CimError(f"{path}: image path '{image}' leaves the data folder {root}; use paths inside it")
     return Manifest(frame, root, str(path))
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The first file of this name anywhere in the folder; a CimError if there is none."""
+    if not (found := sorted(folder.rglob(name))):
+        raise CimError(f"{folder / name}: not found; get it with 'cim download', or set dataset.folder to its folder")
+    return found[0]
+
+
+def row(path: Path, caption: str, split: str, source: str, **more: str) -> dict:
+    """One row of a manifest, its image as a path."""
+    own = {"image_id": path.stem, "image": path, "caption": caption, "split": split, "source": source, "template": -1}
+    return own | more
+
+
+def joined(rows: Iterable[dict]) -> tuple[pd.DataFrame, Path]:
+    """Rows as a manifest's frame, and the folder that its paths are relative to.
+
+    An image of two splits keeps the later one, so that no test image is trained on.
+    """
+    frame = pd.DataFrame(list(rows))
+    frame = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
+    if (twice := frame["image_id"].duplicated(keep="last")).any():
+        print(f"dataset: {int(twice.sum())} images are in more than one split or entry; the last one is kept")
+        frame = frame[~twice]
+    root = Path(os.path.commonpath([path.parent for path in frame["image"]]))
+    frame["image"] = [path.relative_to(root).as_posix() for path in frame["image"]]
+    return frame.reset_index(drop=True), root

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cim.data import layout
+from cim.data import manifest
 from cim.errors import CimError
 from cim.files import read_text
 from cim.images import ImageFolder
@@ -25,8 +25,7 @@ def read(folder: Path, images: str | None, seed: int) -> tuple[pd.DataFrame, Pat
     Raises:
         CimError: if list.txt is missing or has another layout, or an image is missing or ambiguous.
     """
-    folder = folder.expanduser().resolve()
-    pets = _listed(layout.find_file(folder, "list.txt"))
+    pets = _listed(manifest.find_file(folder, "list.txt"))
     paths = ImageFolder(images or folder / "images").paths([image for image, *_ in pets])
     breeds = {s: sorted({breed for _, breed, species in pets if species == s}) for s in SPECIES.values()}
     rng = np.random.default_rng(seed)
@@ -40,8 +39,8 @@ def read(folder: Path, images: str | None, seed: int) -> tuple[pd.DataFrame, Pat
         }
         split = "test" if seen[breed] % 2 else "gallery"
         seen[breed] += 1
-        rows.append(layout.row(path, named, split, "Oxford-IIIT Pet", ladders=json.dumps(ladders)))
-    return layout.joined(rows)
+        rows.append(manifest.row(path, named, split, "Oxford-IIIT Pet", ladders=json.dumps(ladders)))
+    return manifest.joined(rows)
 
 
 def _listed(listing: Path) -> list[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cim.data import layout
+from cim.data import manifest
 from cim.data.labels import load_labels, sentences_of
 from cim.errors import CimError
 from cim.files import read_json, valid_text
@@ -30,17 +30,16 @@ def read(folder: Path, images: str | None, train: int, test: int, seed: int) -> 
     Raises:
         CimError: if a file has another layout, or an image is missing or ambiguous.
     """
-    folder = folder.expanduser().resolve()
     photos = ImageFolder(images or folder)
-    captions = llama_factory(layout.find_file(folder, TRAIN_FILE))
+    captions = llama_factory(manifest.find_file(folder, TRAIN_FILE))
     if train:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(captions))[:train])
         captions = [captions[i] for i in chosen]
     paths = photos.paths([image for image, _ in captions])
-    rows = [layout.row(p, caption, "train", "RefinedCaps") for p, (_, caption) in zip(paths, captions, strict=True)]
+    rows = [manifest.row(p, caption, "train", "RefinedCaps") for p, (_, caption) in zip(paths, captions, strict=True)]
     for name in BENCHMARKS:
         rows += _benchmark(folder, name, photos, test)
-    return layout.joined(rows)
+    return manifest.joined(rows)
 
 
 def _benchmark(folder: Path, name: str, photos: ImageFolder, test: int) -> list[dict]:
@@ -59,7 +58,7 @@ def _benchmark(folder: Path, name: str, photos: ImageFolder, test: int) -> list[
             more["questions"] = [{"question": question, "answer": answer} for question, answer in asked.items()]
             extended = {"extra_objects": known.extra_objects, "extra_attributes": known.extra_attributes}
             more |= {column: of[image] for column, of in extended.items() if image in of}
-        rows.append(layout.row(path, caption, name, name, **{k: json.dumps(value) for k, value in more.items()}))
+        rows.append(manifest.row(path, caption, name, name, **{k: json.dumps(value) for k, value in more.items()}))
     return rows
 
 

@@ -13,7 +13,7 @@ from cim.evaluation.statistics import correlations, mean_with_interval, varies
 from cim.gallery.store import Gallery, drop_excluded
 from cim.rewards import gallery_representation_consistency
 from cim.scorer import Scorer
-from cim.world import ladders as world
+from cim.world import scoring as world
 
 SCORES = ("grc", "qir", "cim", "clipscore", "words")
 GRADE = ["ladder", "level", "label"]

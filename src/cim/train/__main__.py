@@ -22,25 +22,22 @@ import torch
 from cim.errors import CimError, one_line_errors
 from cim.params import read_params
 from cim.runs import SFT_METHODS, parse_run, with_variant
+from cim.train import grpo, sft
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
     parser.add_argument("--attached", action="store_true", help="end when standard input is closed, as cim train does")
     arguments = parser.parse_args()
     if arguments.attached:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
     with one_line_errors():
         params = read_params(arguments.params)
-        if with_variant(params, parse_run(arguments.run)[0])[1] in SFT_METHODS:
-            from cim.train.sft import train
-        else:
-            from cim.train.grpo import train
+        trainer = sft if with_variant(params, parse_run(arguments.run)[0])[1] in SFT_METHODS else grpo
         try:
-            train(arguments.run, params, arguments.artifacts)
+            trainer.train(arguments.run, params, Path("artifacts"))
         except torch.OutOfMemoryError as error:
             raise CimError(
                 f"the GPU ran out of memory ({' '.join(str(error).split())[:120]}); lower compute.per_device or "

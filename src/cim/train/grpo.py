@@ -10,9 +10,7 @@ import numpy as np
 from cim import code
 from cim.captioners.models import prompt_inputs
 from cim.data.manifest import Manifest
-from cim.encoders import load_image_encoder
 from cim.errors import CimError
-from cim.gallery.store import read_info
 from cim.images import open_image
 from cim.params import EncoderSettings, group
 from cim.processes import processes
@@ -20,7 +18,7 @@ from cim.rewards import RewardSettings
 from cim.scorer import Scorer, load_scorer
 from cim.train.batches import grpo_batches
 from cim.train.job import SAMPLES, Job
-from cim.train.reward import Guarded, SampleLog, trl_reward
+from cim.train.reward import SampleLog, trl_reward
 from cim.train.settings import ComputeSettings
 
 
@@ -30,35 +28,32 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     Weights that were made from the same inputs are kept.
     """
     job = Job(run, params, artifacts).load()
-    encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
-    towers = [load_image_encoder(encoders.text_tower).digest] if encoders.text_tower else []
-    info = read_info(artifacts / "gallery")
+    scorer = job_scorer(job)
     job.train(
-        lambda folder: make_trainer(job, job_scorer(job, artifacts), folder),
+        lambda folder: make_trainer(job, scorer, folder),
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
-        reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
-        precision=[encoders.text_precision, encoders.image_precision],
-        towers=[info["image_encoder"]["digest"], *towers],
-        gallery={name: marks["whole"] for name, marks in info["files"].items()},
+        reward=scorer.settings.model_dump(),
+        precision=[scorer.text.precision, scorer.image.precision],
+        towers=list(filter(None, (scorer.image.digest, scorer.image.text_digest))),
+        gallery={name: marks["whole"] for name, marks in scorer.gallery.info["files"].items()},
     )
 
 
-def job_scorer(job: Job, artifacts: Path) -> Scorer:
-    """The scorer of the run's images, checked before anything is sampled."""
+def job_scorer(job: Job) -> Scorer:
+    """The scorer of the run, still without its images."""
     encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
-    scorer = load_scorer(artifacts / "gallery", group(RewardSettings, job.params.get("reward"), "reward"), encoders)
-    scorer.add_sources(job.images, progress=True)
-    scorer.add_sources(job.validation)
-    # A k that the gallery cannot give fails here, not after the first rollout.
-    scorer.retrieval_scores([job.images.captions[0]], [job.images.frame["image_id"][0]])
-    return scorer
+    return load_scorer(job.artifacts / "gallery", group(RewardSettings, job.params.get("reward"), "reward"), encoders)
 
 
 def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
     """TRL's trainer for the job; checkpoints and samples go to `folder`."""
     from trl import GRPOConfig, GRPOTrainer
 
+    scorer.add_sources(job.images, progress=True)
+    scorer.add_sources(job.validation)
+    # A k that the gallery cannot give fails here, not after the first rollout.
+    scorer.retrieval_scores([job.images.captions[0]], [job.images.frame["image_id"][0]])
     settings, model = job.settings, job.model_settings
     refuse_unknown_inputs(job, GRPOTrainer)
     batches = grpo_batches(settings, job.compute.per_device, len(job.images), processes().num_processes)
@@ -86,10 +81,9 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         prompts = [[{"role": "user", "content": model.prompt}]] * len(images)
         return {"prompt": prompts, "image_id": images.frame["image_id"].tolist()}
 
-    reward = trl_reward(scorer, job.objective)
-    if settings.repetition or settings.truncated == "lowest":
-        ends = job.model.generation_config.eos_token_id, job.processor.tokenizer.eos_token_id
-        reward = Guarded(reward, settings, set(np.hstack([end for end in ends if end is not None])))
+    ends = job.model.generation_config.eos_token_id, job.processor.tokenizer.eos_token_id
+    ends = set(np.hstack([end for end in ends if end is not None]))
+    reward = trl_reward(scorer, job.objective, settings, ends)
     reward = SampleLog(reward, folder / SAMPLES, set(job.images.frame["image_id"]))
     return job.trainer(GRPOTrainer, folder, batches, columns, "eval_reward", config, reward_funcs=reward)
 

@@ -75,9 +75,8 @@ class Job:
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
         check_possible(self.settings, self.compute, self.model_settings, self.distributed)
-        self.images, self.validation = training_images(
-            artifacts, self.settings, self.sft and self.sft.images, self.seed
-        )
+        labelled = self.sft and self.sft.images
+        self.images, self.validation = training_images(artifacts, self.settings, labelled, self.seed)
         self.out = artifacts / "train" / run
         # Beside artifacts/train, which DVC owns, so that nothing it does to an output costs a checkpoint.
         self.checkpoints = artifacts / "checkpoints" / run
@@ -100,23 +99,19 @@ class Job:
         """
         print(*batches.summary, sep="\n", flush=True)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.artifacts / "logs" / self.run)  # there is no argument for it
-        s, c, gpu = self.settings, self.compute, torch.cuda.is_available()
+        s, c, gpu, held_out = self.settings, self.compute, torch.cuda.is_available(), len(self.validation) > 0
         shared = {
             "output_dir": str(folder), "save_steps": s.save_every, "seed": self.seed,
             "max_steps": batches.updates, "per_device_train_batch_size": batches.per_device,
             "gradient_accumulation_steps": batches.accumulation, "bf16": s.bf16, "optim": s.optimizer,
             # transformers 5.23 calls it activation_checkpointing; older ones know this name only.
             "gradient_checkpointing": c.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if c.gradient_checkpointing else None,
             "use_cpu": not gpu, "dataloader_pin_memory": gpu,
             "run_name": self.run, "report_to": c.log_to or "none", "logging_steps": 1, "disable_tqdm": True,
+            "eval_strategy": "steps" if held_out else "no", "eval_steps": s.save_every,
+            "metric_for_best_model": better, "greater_is_better": not better.endswith("loss"),
+            "load_best_model_at_end": held_out and self.sharded,  # else `_train` restores it
         }  # fmt: skip
-        if len(self.validation):
-            shared |= {
-                "eval_strategy": "steps", "eval_steps": s.save_every, "metric_for_best_model": better,
-                "greater_is_better": not better.endswith("loss"),
-                "load_best_model_at_end": self.sharded,  # else `_train` restores it
-            }  # fmt: skip
         train, validation = (
             image_dataset(images, columns(images), self.model_settings.max_pixels) if len(images) else None
             for images in (self.images, self.validation)

@@ -1,16 +1,17 @@
 """Starting a run in a process of its own, or in several by accelerate: one a GPU, or as a configuration file says."""
 
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from tempfile import TemporaryDirectory
 
 import torch
 import yaml
 
 from cim.errors import CimError
+from cim.files import explained
 from cim.params import group
 from cim.train.settings import ComputeSettings
 
@@ -31,8 +32,7 @@ def train(run: str, params: dict) -> Iterator[str]:
         if configuration(compute.accelerate).get("num_machines", 1) == 1:  # others start processes without this input
             started.append("--attached")
         # This end of the pipe to standard input closes when this process ends, even by kill -9.
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(started, **pipes, text=True) as process:
+        with Popen(started, stdin=PIPE, stdout=PIPE, stderr=STDOUT, text=True) as process:
             for line in map(str.rstrip, process.stdout):
                 lines.append(line)
                 if line.startswith(SHOWN):
@@ -64,10 +64,9 @@ def command(accelerate: str | None, devices: int) -> list[str]:
 
 def configuration(accelerate: str | None) -> dict:
     """The content of a configuration file of accelerate, empty for None; CimError where it cannot be read."""
-    try:
+    fix = "name one of conf/accelerate, or null"
+    with explained(f"parameters: compute.accelerate: {accelerate}: cannot be read", fix, OSError, yaml.YAMLError):
         return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8")) if accelerate else {}
-    except (OSError, yaml.YAMLError) as error:
-        raise CimError(f"parameters: compute.accelerate: {accelerate}: {' '.join(str(error).split())[:150]}") from None
 
 
 def processes(accelerate: str | None) -> int:

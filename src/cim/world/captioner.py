@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from transformers import FastVlmForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
 from cim import fastvlm
 from cim.errors import CimError
-from cim.processes import bfloat16_if_fast, default_device
-from cim.world.encoder import PREPROCESS, load_pixels, minimize, normalise
-from cim.world.language import BACKGROUND_PHRASES, FULL, RELATION_PHRASES, SIZE_WORDS, describe
+from cim.processes import default_device
+from cim.world.encoder import PREPROCESS, frozen_features, load_pixels, minimize
+from cim.world.language import FACT_OF, FULL, describe
 from cim.world.scenes import Scene
 from cim.world.settings import CaptionerSettings
 from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
@@ -26,21 +26,9 @@ from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
 def build_processor(image_size: int, prompt: str) -> LlavaProcessor:
     """Image processor and word-level tokenizer for every word that the small world's English can use."""
     phrases = [prompt, ". , ? a an the is there and background"]
-    phrases += [*COLOURS, *FAMILY_OF, *KIND_OF_FAMILY, *KIND_OF_FAMILY.values()]
-    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES):
-        phrases += [phrase for wordings in table.values() for phrase in wordings]
+    phrases += [*COLOURS, *FAMILY_OF, *KIND_OF_FAMILY, *KIND_OF_FAMILY.values(), *FACT_OF]
     tokenizer = fastvlm.word_tokenizer(word for phrase in phrases for word in fastvlm.split_words(phrase))
     return fastvlm.build_processor(tokenizer, fastvlm.WORDS_CHAT, image_size, PREPROCESS["mean"], PREPROCESS["std"])
-
-
-def build_model(tokenizer, encoder: Path, settings: CaptionerSettings) -> FastVlmForConditionalGeneration:
-    """A FastVLM whose vision tower is the image encoder's trunk; its text model is untrained."""
-    if not (encoder / "open_clip_config.json").is_file():
-        raise CimError(f"{encoder}: holds no image encoder; run stage 'encoder' to train it")
-    trunk = open_clip.create_model_from_pretrained(f"local-dir:{encoder}")[0].visual.trunk
-    name = open_clip.get_model_config(f"local-dir:{encoder}")["vision_cfg"]["timm_model_name"]
-    text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
-    return fastvlm.assemble(trunk, name, text, tokenizer)
 
 
 def train_captioner(
@@ -56,12 +44,13 @@ def train_captioner(
     pixels = load_pixels(images)
     scenes = [Scene.from_json(scene) for scene in scenes]
     processor = build_processor(pixels.shape[-1], settings.prompt)
-    model = build_model(processor.tokenizer, encoder, settings).to(device)
-    tower = model.model.vision_tower
-    tower.requires_grad_(False).eval()
-    with torch.inference_mode(), bfloat16_if_fast(device):
-        maps = [tower(normalise(chunk, device)).last_hidden_state.float() for chunk in pixels.split(256)]
-    features = torch.cat(maps).clone()
+    if not (encoder / "open_clip_config.json").is_file():
+        raise CimError(f"{encoder}: holds no image encoder; run stage 'encoder' to train it")
+    trunk = open_clip.create_model_from_pretrained(f"local-dir:{encoder}")[0].visual.trunk
+    text = fastvlm.decoder_config(settings.hidden_size, settings.layers, settings.heads)
+    model = fastvlm.assemble(trunk, text, processor.tokenizer).to(device)
+    tower = model.model.vision_tower.requires_grad_(False).eval()
+    features = frozen_features(lambda chunk: tower(chunk).last_hidden_state, pixels)
     tokens = fastvlm.prompt_tokens(processor, settings.prompt, features)
     fastvlm.whiten_projector(model, features)
     model.train()
@@ -84,7 +73,6 @@ def train_captioner(
         with fastvlm.features_as_pixels(tower):
             losses = minimize(optimizer, loss_of, batches, steps, 0.1, f"captioner: {phase}", max_norm=1.0)
         curve += [{"phase": phase, "step": step, "loss": losses[step]} for step in range(0, steps, 10)]
-    model.requires_grad_(True).eval()
-    model.save_pretrained(out)
+    model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)
     return curve

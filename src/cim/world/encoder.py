@@ -16,7 +16,7 @@ import open_clip
 import torch
 from open_clip.loss import ClipLoss
 from open_clip_train.scheduler import cosine_lr
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from cim.world.settings import EncoderTrainingSettings
 from cim.world.vocabulary import BACKGROUNDS, COLOURS, NAMES, SIZES
 
 EMPTY = len(NAMES)  # label of a cell without object
-IGNORED = -100  # label that cross_entropy skips
+IGNORED = -100  # label that cross_entropy skips, by default
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -53,7 +53,7 @@ def train_encoder(
     }
     model = open_clip.CustomTextCLIP(**config)
     named = train_trunk(model.visual.trunk, pixels, [Scene.from_json(scene) for scene in scenes], settings)
-    pooled = pooled_features(model.visual.trunk, pixels)
+    pooled = frozen_features(model.visual.trunk, pixels)
     metrics = {"objects_named": named, "captions_retrieved_of_heldout": train_clip(model, pooled, captions, settings)}
     _save(model, config, out)
     for count in settings.text_towers:
@@ -66,8 +66,7 @@ def train_encoder(
 
 def _save(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    state = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors")
+    save_model(model, out / "open_clip_model.safetensors")
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": PREPROCESS}
     write_text(out / "open_clip_config.json", json.dumps(saved, indent=1))
 
@@ -118,11 +117,8 @@ def train_trunk(
 
     def object_loss(cells: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         name, colour, size = labels.flatten(0, -2).T
-        return (
-            cross_entropy(heads["name"](cells), name)
-            + cross_entropy(heads["colour"](cells), colour, ignore_index=IGNORED)
-            + 0.5 * cross_entropy(heads["size"](cells), size, ignore_index=IGNORED)
-        )
+        named = cross_entropy(heads["name"](cells), name) + cross_entropy(heads["colour"](cells), colour)
+        return named + 0.5 * cross_entropy(heads["size"](cells), size)
 
     def crop_loss(rows: torch.Tensor) -> torch.Tensor:
         image, cell = occupied[rows].T
@@ -135,11 +131,10 @@ def train_trunk(
     def scene_loss(rows: torch.Tensor) -> torch.Tensor:
         maps = features(pixels[rows])
         pooled = maps.mean((2, 3))
-        return (
-            object_loss(cells_of(maps), labels[rows])
-            + 0.5 * cross_entropy(heads["background"](pooled), backgrounds[rows])
-            + 0.5 * cross_entropy(heads["layout"](pooled).view(-1, EMPTY + 1), labels[rows, :, 0].flatten())
-        )
+        objects = object_loss(cells_of(maps), labels[rows])
+        background = cross_entropy(heads["background"](pooled), backgrounds[rows])
+        layout = cross_entropy(heads["layout"](pooled).view(-1, EMPTY + 1), labels[rows, :, 0].flatten())
+        return objects + 0.5 * background + 0.5 * layout
 
     trunk.train()
     for phase, epochs, items, loss_of, lr in (
@@ -157,14 +152,13 @@ def train_trunk(
     return float(correct[names < EMPTY].float().mean())
 
 
-def pooled_features(trunk: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """(n, c) features of the trunk, which stays as it is."""
+def frozen_features(embed: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+    """What `embed`, on the default device and not trained, gives for uint8 pixels (n, 3, h, w)."""
     device = default_device()
-    trunk.to(device).eval()
     with torch.inference_mode(), bfloat16_if_fast(device):
         chunks = tqdm(pixels.split(256), desc="trunk features", mininterval=2)
-        pooled = torch.cat([trunk(normalise(chunk, device)).float() for chunk in chunks])
-    return pooled.clone()  # out of inference mode, so that the head's backward may keep it
+        features = torch.cat([embed(normalise(chunk, device)).float() for chunk in chunks])
+    return features.clone()  # out of inference mode, so that a backward may keep it
 
 
 def train_clip(

@@ -23,6 +23,13 @@ BACKGROUND_PHRASES = {
     "meadow": ("a meadow", "green grass"), "beach": ("a beach", "a sandy shore"),
     "night": ("a night sky", "the dark night"), "snow": ("snow", "a snowy field"),
 }  # fmt: skip
+# What each of these wordings, and each colour, states.
+FACT_OF = {
+    phrase: fact
+    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES, {colour: [colour] for colour in COLOURS})
+    for fact, phrases in table.items()
+    for phrase in phrases
+}
 QUESTION_KINDS = ("name", "colour", "size", "relation", "background")
 
 
@@ -87,15 +94,10 @@ def with_article(phrase: str) -> str:
 
 def corrupt(scene: Scene, rng: Generator, errors: int) -> Scene:
     """The scene with `errors` of its facts false: another name of the family, another colour, size or background, or
-    two objects in swapped places, which falsifies their relation.
-
-    Raises:
-        ValueError: for more errors than the scene has facts.
+    two objects in swapped places, which falsifies their relation; all of its facts where they are fewer.
     """
     facts = [(kind, i) for i in range(len(scene.objects)) for kind in ("name", "colour", "size")]
     facts += [("background", 0), ("places", 0)]
-    if errors > len(facts):
-        raise ValueError(f"the scene has {len(facts)} facts, fewer than {errors} errors")
     for k in rng.permutation(len(facts))[:errors]:
         scene = _falsify(scene, *facts[k], rng)
     return scene

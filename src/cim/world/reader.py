@@ -1,21 +1,14 @@
-"""A deterministic reader of the small world's English: captions to graphs, questions to answers.
+"""A deterministic reader of the small world's English: captions to scene graphs, questions to answers.
 
 It reads whatever a model writes: unknown words are skipped, and nothing is guessed.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cim.world.language import BACKGROUND_PHRASES, RELATION_PHRASES, SIZE_WORDS
-from cim.world.vocabulary import COLOURS, FAMILY_OF, FORWARD, INVERSE, KIND_OF_FAMILY, generalisations
-
-_MEANING = {
-    phrase: fact
-    for table in (SIZE_WORDS, RELATION_PHRASES, BACKGROUND_PHRASES, {colour: [colour] for colour in COLOURS})
-    for fact, phrases in table.items()
-    for phrase in phrases
-}
+from cim.world.language import BACKGROUND_PHRASES, FACT_OF, RELATION_PHRASES, SIZE_WORDS
+from cim.world.vocabulary import BACKGROUND, COLOURS, FAMILY_OF, FORWARD, INVERSE, KIND_OF_FAMILY, generalisations
 
 
 def _any(*tables: Iterable[str]) -> str:
@@ -36,11 +29,11 @@ _QUESTIONS = {
 
 @dataclass
 class ReadObject:
-    """An object of a caption."""
+    """An object of a caption. Dictionaries here stand for ordered sets: their keys count."""
 
     noun: str
-    colours: list[str] = field(default_factory=list)
-    sizes: list[str] = field(default_factory=list)
+    colours: dict[str, None] = field(default_factory=dict)
+    sizes: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,8 +41,8 @@ class CaptionGraph:
     """What a caption states. Relations are (subject index, relation, object index), relations of FORWARD only."""
 
     objects: list[ReadObject] = field(default_factory=list)
-    relations: list[tuple[int, str, int]] = field(default_factory=list)
-    backgrounds: list[str] = field(default_factory=list)
+    relations: dict[tuple[int, str, int], None] = field(default_factory=dict)
+    backgrounds: dict[str, None] = field(default_factory=dict)
 
 
 def read_caption(caption: str) -> CaptionGraph:
@@ -58,22 +51,17 @@ def read_caption(caption: str) -> CaptionGraph:
     for sentence in re.split(r"[.!?\n]", caption.lower()):
         sentence = " ".join(re.findall(r"[a-z]+", sentence))
         for phrase in re.findall(rf"\bbackground is {_BACKGROUND}\b", sentence):
-            _add_once(graph.backgrounds, _MEANING[phrase])
+            graph.backgrounds[FACT_OF[phrase]] = None
         previous, gap_start = None, 0
         for match in re.finditer(rf"\b((?:\w+ )*?){_NOUN}\b", sentence):
             index = _resolve(graph, match[1].split(), match[2])
             phrases = re.findall(rf"\b{_RELATION}\b", sentence[gap_start : match.end(1)])
             if previous is not None and phrases and index != previous:
-                relation = _MEANING[phrases[-1]]
+                relation = FACT_OF[phrases[-1]]
                 backward = (index, INVERSE[relation], previous)
-                _add_once(graph.relations, (previous, relation, index) if relation in FORWARD else backward)
+                graph.relations[(previous, relation, index) if relation in FORWARD else backward] = None
             previous, gap_start = index, match.end()
     return graph
-
-
-def _add_once(items: list, item) -> None:
-    if item not in items:
-        items.append(item)
 
 
 def _resolve(graph: CaptionGraph, before: list[str], noun: str) -> int:
@@ -85,9 +73,9 @@ def _resolve(graph: CaptionGraph, before: list[str], noun: str) -> int:
         graph.objects.append(ReadObject(noun))
     for word in before[start + 1 :]:
         if word in COLOURS:
-            _add_once(graph.objects[index].colours, word)
-        elif _MEANING.get(word) in SIZE_WORDS:
-            _add_once(graph.objects[index].sizes, _MEANING[word])
+            graph.objects[index].colours[word] = None
+        elif FACT_OF.get(word) in SIZE_WORDS:
+            graph.objects[index].sizes[FACT_OF[word]] = None
     return index
 
 
@@ -112,17 +100,17 @@ def answer(question: str, caption: CaptionGraph) -> str:
 def _statements(caption: CaptionGraph, kind: str, *words: str) -> tuple[Collection[str], str]:
     """What the caption states on the subject of a question, and what the question asks for."""
     if kind == "background":
-        return caption.backgrounds, _MEANING[words[0]]
+        return caption.backgrounds, FACT_OF[words[0]]
     if kind == "relation":
         a, b = _referent(caption, words[0]), _referent(caption, words[2])
-        return {r if x == a else INVERSE[r] for x, r, y in caption.relations if {x, y} == {a, b}}, _MEANING[words[1]]
+        return {r if x == a else INVERSE[r] for x, r, y in caption.relations if {x, y} == {a, b}}, FACT_OF[words[1]]
     noun, value = words
     if kind == "name":
         index = _find(caption, noun)
         named = index is not None and caption.objects[index].noun in FAMILY_OF
         return [caption.objects[index].noun] if named else [], value
     index = _referent(caption, noun)
-    return [] if index is None else getattr(caption.objects[index], kind), _MEANING[value]
+    return [] if index is None else getattr(caption.objects[index], kind), FACT_OF[value]
 
 
 def _referent(caption: CaptionGraph, noun: str) -> int | None:
@@ -131,3 +119,27 @@ def _referent(caption: CaptionGraph, noun: str) -> int | None:
         return index
     coarser = [i for i, o in enumerate(caption.objects) if o.noun in generalisations(noun)]
     return coarser[0] if len(coarser) == 1 else None
+
+
+class WorldReader:
+    """Answers the small world's questions from captions by its grammar, without a model."""
+
+    name = "world"
+
+    def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        return [answer(question, read_caption(caption)) for caption, question in pairs]
+
+
+def scene_graph(caption: str) -> dict:
+    """What a caption states, each thing once: {"objects", "attributes", "relations"}, relations in reading order."""
+    read = read_caption(caption)
+    nouns = [o.noun for o in read.objects]
+    attributes: dict[str, dict[str, None]] = {}
+    for noun, words in [*((o.noun, o.colours | o.sizes) for o in read.objects), (BACKGROUND, read.backgrounds)]:
+        if words:
+            attributes.setdefault(noun, {}).update(words)
+    return {
+        "objects": dict.fromkeys([*nouns, BACKGROUND] if read.backgrounds else nouns),
+        "attributes": attributes,
+        "relations": dict.fromkeys((nouns[a], relation, nouns[b]) for a, relation, b in read.relations),
+    }

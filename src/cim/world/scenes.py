@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
-from typing import NamedTuple, Self
+from typing import Self
 
 from numpy.random import Generator
 from pydantic import TypeAdapter
@@ -83,24 +83,14 @@ def relocated(scene: Scene, rng: Generator) -> Scene:
 
 def near_duplicates(scene: Scene) -> list[Scene]:
     """The scene in every combination of its objects' sizes, its own included."""
-    return [
-        replace(scene, objects=tuple(replace(o, size=size) for o, size in zip(scene.objects, sizes, strict=True)))
-        for sizes in product(SIZES, repeat=len(scene.objects))
-    ]
-
-
-class Placed(NamedTuple):
-    """A scene with its split and the template it came from (-1: none)."""
-
-    scene: Scene
-    split: str
-    template: int
+    sized = [[replace(o, size=size) for size in SIZES] for o in scene.objects]
+    return [replace(scene, objects=objects) for objects in product(*sized)]
 
 
 def compose_splits(
     rng: Generator, *, pretrain: int, train: int, test: int, looks: int, gallery_variants: int, objects: tuple[int, int]
-) -> list[Placed]:
-    """Draw every split so that none shares a scene graph with another.
+) -> list[tuple[Scene, str, int]]:
+    """Draw every split so that none shares a scene graph with another: (scene, split, template, or -1 for none).
 
     A reward can only separate good captions from bad if the gallery has near-duplicates as well as contrasts. So train
     and test scenes come from templates: objects in `looks` colourings and backgrounds, plus the first of these with its
@@ -108,7 +98,7 @@ def compose_splits(
     drawn twice; train and test scenes are held-out variants of a look. Train and test share no template; pretrain
     scenes are independent. `pretrain`, `train` and `test` count scenes; `objects` are the fewest and most in a scene.
     """
-    placed: list[Placed] = []
+    placed: list[tuple[Scene, str, int]] = []
     seen: set[Scene] = set()
     template = 0
     # Held-out variants of each look: more for training, where images are cheap.
@@ -125,12 +115,12 @@ def compose_splits(
                 variants = [variants[i] for i in rng.permutation(len(variants))]
                 own = min(held_out, wanted - made)
                 kept = variants[own:]
-                placed += [Placed(s, split, template) for s in variants[:own]]
-                placed += [Placed(kept[i % len(kept)], "gallery", template) for i in range(gallery_variants)]
+                placed += [(s, split, template) for s in variants[:own]]
+                placed += [(kept[i % len(kept)], "gallery", template) for i in range(gallery_variants)]
                 made += own
             template += 1
     alone: dict[Scene, None] = {}
     while len(alone) < pretrain:
         if (scene := random_scene(rng, objects)) not in seen:
             alone[scene] = None
-    return placed + [Placed(scene, "pretrain", -1) for scene in alone]
+    return placed + [(scene, "pretrain", -1) for scene in alone]

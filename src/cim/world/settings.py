@@ -1,10 +1,10 @@
 """The `encoder` and `captioner` groups of parameters; imports no heavy library."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from cim.params import Settings, require
+from cim.params import FastVlmSettings, Settings
 from cim.world.language import Detail
 
 Batch = Annotated[int, Field(ge=2)]
@@ -30,22 +30,7 @@ class EncoderTrainingSettings(Settings):
     text_towers: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
 
 
-class CaptionerSettings(Settings):
+class CaptionerSettings(FastVlmSettings):
     """The `captioner` group: the model's size, how long it learns facts and style, and what the style keeps."""
 
-    prompt: str
-    hidden_size: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    seed: int
-    batch_size: PositiveInt
-    fact_steps: PositiveInt
-    style_steps: PositiveInt
-    lr: PositiveFloat
-    style_lr: PositiveFloat
     lazy: Detail
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        require(self.hidden_size % self.heads == 0, "hidden_size must be a multiple of heads")
-        return self

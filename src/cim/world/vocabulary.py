@@ -39,6 +39,7 @@ COLOURS: dict[str, tuple[str, str, str]] = {
     "purple": ("#330044", "#9933cc", "#eebbff"),
 }
 SIZES: tuple[str, ...] = ("small", "large")
+BACKGROUND = "background"  # in graphs, the object whose attribute is the scene's background
 BACKGROUNDS: tuple[str, ...] = ("meadow", "beach", "night", "snow")
 
 # Relations whose subject comes first in reading order, and those that state the same with subject and object swapped.

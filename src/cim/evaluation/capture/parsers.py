@@ -201,7 +201,7 @@ class WorldParser:
     name = "world"
 
     def parse(self, captions: Sequence[str]) -> list[SceneGraph]:
-        from cim.world.graphs import scene_graph
+        from cim.world.reader import scene_graph
 
         return [SceneGraph.of(scene_graph(caption)) for caption in captions]
 

@@ -113,7 +113,7 @@ def load_reader(spec: str) -> Reader:
     kind, _, rest = spec.partition(":")
     url, _, model = rest.partition("#")
     if spec == "world":
-        from cim.world.graphs import WorldReader
+        from cim.world.reader import WorldReader
 
         return WorldReader()
     if kind == "transformers" and rest:
