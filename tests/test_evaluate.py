@@ -255,7 +255,6 @@ def factual(tmp_path_factory):
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    torch.manual_seed(0)
     asked = [f"Generate Scene Graph: {sentence}" for sentence in FACTS]
     words = sorted(
         {w for text in [*asked, *FACTS.values()] for w in text.replace(".", " .").replace(":", " :").split()}
@@ -271,17 +270,24 @@ def factual(tmp_path_factory):
         vocab_size=len(words) + 3, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
     inputs = fast(asked, padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     labels = fast(list(FACTS.values()), padding=True, return_tensors="pt")["input_ids"]
     labels[labels == 0] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        loss = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.05
+    # Beams end early where so few words compete with the end: some seeds say by beam search what they know, some do not.
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = T5ForConditionalGeneration(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            model(**inputs, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        said = model.eval().generate(**inputs, num_beams=5, max_length=128, early_stopping=True)
+        if fast.batch_decode(said, skip_special_tokens=True) == list(FACTS.values()):
+            break
+    else:
+        pytest.fail("no seed learned the sentences")
     folder = tmp_path_factory.mktemp("factual")
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
