@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cim import encoders, files, score_files, scorer
+from cim import encoders, files, score_files
 from cim.cli.__main__ import main
 from cim.data import downloads, flickr8k, sc_captioner
 from cim.data.labels import read_captions
@@ -69,10 +69,9 @@ def stubs(monkeypatch):
     weights = torch.zeros(1)
     monkeypatch.setattr(Words, "state_dict", lambda self: {"w": weights})
     # facts is imported before they are replaced: else it would keep the stand-ins for other test files.
-    for module in (encoders, scorer, facts):
+    for module in (encoders, facts):
         monkeypatch.setattr(module, "load_text_encoder", text)
-    for module in (encoders, scorer):
-        monkeypatch.setattr(module, "load_image_encoder", image)
+    monkeypatch.setattr(encoders, "load_image_encoder", image)
 
 
 def jsonl(path, rows):
