@@ -193,7 +193,7 @@ def test_sources(base, tmp_path, capsys, command, name, content, says):
 
 INFOS = [
     (b"{", "not valid JSON"),
-    (b"\xe9", "not utf-8"),
+    (b"\xe9", "codec can't decode"),
     (b"[]", "not that of a gallery"),
     (b"{}", "not that of a gallery (rows: Field required)"),
     (lambda info: info.pop("index"), "(index: Field required)"),
@@ -302,7 +302,7 @@ OPTIONS = [
     ((*SCORE, "--decay", "2"), "'reward.decay' should be less than or equal to 1"),
     ((*SCORE, "--decay", "nan"), "'reward.decay' should be"),
     ((*SCORE, "--reward", "TMP/none.yaml"), "none.yaml: not found"),
-    ((*SCORE, "--reward", "BASE/images/red.png"), "red.png: not"),
+    ((*SCORE, "--reward", "BASE/images/red.png"), "red.png: cannot be read ('utf-8' codec"),
     ((*SCORE, "--reward", "BASE/images"), "images: "),
     ((*SCORE, "--out", "TMP"), "is a folder"),
     ((*SCORE, "--out", "TMP/out.csv"), "should end in .jsonl or .parquet"),
@@ -319,7 +319,7 @@ OPTIONS = [
     ((*EVALUATE, "--labels", "TMP"), "references.json: cannot be read"),
     ((*EVALUATE, "--captions", "TMP/none.json"), "none.json: cannot be read"),
     ((*EVALUATE, "--captions", "BASE/images"), "images: cannot be read"),
-    ((*EVALUATE, "--captions", "BASE/images/red.png"), "red.png: not utf-8"),
+    ((*EVALUATE, "--captions", "BASE/images/red.png"), "red.png: cannot be read ('utf-8' codec"),
     ((*EVALUATE, "--captions", "BASE/mine.json", "BASE/mine.json"), "rename one"),
     ((*EVALUATE, "--gallery", "BASE/gallery"), "--gallery needs --images"),
     ((*EVALUATE, "--gallery", "BASE/gallery", "--images", "TMP"), "8 of 8 images are missing"),
@@ -356,7 +356,7 @@ LABELS = [
     ("references.json", b"[]", "should be {image: caption}"),
     ("references.json", b"{}", "holds no captions"),
     ("references.json", b'{"a": 3}', "should be {image: caption}"),
-    ("references.json", b'{"a": "\xe9"}', "not utf-8"),
+    ("references.json", b'{"a": "\xe9"}', "codec can't decode"),
     ("questions.json", b"{", "should be {image: {question: answer}}"),
     ("questions.json", b'{"a": ["q"]}', "should be {image: {question: answer}}"),
     ("questions.json", b'{"a": {"q": 1}}', "should be {image: {question: answer}}"),
@@ -366,7 +366,7 @@ LABELS = [
     ("mine.json", b"", "not JSON"),
     ("mine.json", b"3", "not a int"),
     ("mine.json", b'{"z": "x"}', "no caption of an image of the benchmark"),
-    ("mine.json", b'{"a": "\xe9"}', "not utf-8"),
+    ("mine.json", b'{"a": "\xe9"}', "codec can't decode"),
     ("mine.json", b"[" * 100_000, "not JSON"),
 ]  # fmt: skip
 
@@ -703,7 +703,7 @@ PARAMETERS = [
     (b"", "should hold named groups"),
     (b"- 1\n", "should hold named groups"),
     (b"a: [1\n", "not valid YAML"),
-    (b"a: \xe9\n", "not utf-8"),
+    (b"a: \xe9\n", "codec can't decode"),
     (("  steps: 70\n", "  steps: abc\n"), "'train.steps' should be a valid integer, not 'abc'"),
     (("\nreward:\n", "\nrewards:\n"), "group 'reward' is missing"),
     (("\ncompute:\n", "\ncompute: 3\nx:\n"), "group 'compute' is missing or not a mapping"),
