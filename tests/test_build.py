@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -358,6 +359,15 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(rows, encoders, tmp_pa
     assert len(embedded) == 5
     build_gallery(shards, SETTINGS, *encoders, folder)
     assert len(load_gallery(folder)) == 40
+
+
+def test_a_disk_without_room_for_the_whole_is_named_before_it_is_full(rows, encoders, tmp_path, monkeypatch):
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", rows[:8])], 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(CimError, match=r"gallery: joining the shards takes .* GiB.*run the same command again"):
+            build_gallery(shards, SETTINGS, *encoders, tmp_path / "gallery")
+    assert build_gallery(shards, SETTINGS, *encoders, tmp_path / "gallery")["rows"] == 8
 
 
 def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_path):

@@ -6,7 +6,6 @@ several machines too where they share the folder. At the end one process joins t
 puts the gallery in its place.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -53,8 +52,8 @@ def build_gallery(
     Raises:
         CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
             row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
-            refuses the index; while another process builds there.
-        OSError: where the disk is full; what is embedded is kept.
+            refuses the index; where the disk has no room for the result; while another process builds there.
+        OSError: where the disk gets full; what is embedded is kept.
     """
     check_target(folder)
     with locked(_folders(folder)[0]) if processes().is_main_process else nullcontext():
@@ -225,7 +224,8 @@ class _Build:
         # float16 vectors, and an index of a byte per dimension
         need = total * (3 * self.text.dim + 2 * self.image.dim)
         if (free := shutil.disk_usage(self.work).free) < need:
-            raise OSError(errno.ENOSPC, f"joining the shards takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+            problem = f"joining the shards takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            raise CimError(f"{self.folder}: {problem}; free some space and run the same command again to resume")
         aside = self.work / "joined"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
