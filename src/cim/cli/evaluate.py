@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cim.cli.score import add_reward_options, scorer_of
 from cim.errors import CimError
-from cim.files import refuse_foreign, write_metrics
+from cim.files import explained, refuse_foreign, write_metrics
 
 
 def add_commands(commands) -> None:
@@ -51,11 +51,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     retrieval = _retrieval(arguments, labels) if arguments.gallery else None
     done = capture(settings, captions, labels, retrieval, arguments.cache)
     metrics = done.metrics | {"encoder": settings.encoder, "problems": problems}
-    write_metrics(out / "metrics.json", metrics)  # first: it marks the folder as an evaluation
-    done.images.to_csv(out / "images.csv", index=False, float_format="%.5f")
-    if len(done.questions):
-        done.questions.to_csv(out / "questions.csv", index=False)
-    pages.captions_page(done.images, captions, labels.references, out / "page.html")
+    with explained(f"{out}: not completed", "fix this and rerun the same command", OSError):
+        write_metrics(out / "metrics.json", metrics)  # first: it marks the folder as an evaluation
+        done.images.to_csv(out / "images.csv", index=False, float_format="%.5f")
+        if len(done.questions):
+            done.questions.to_csv(out / "questions.csv", index=False)
+        pages.captions_page(done.images, captions, labels.references, out / "page.html")
     print(f"synonyms: {metrics['synonyms']}\npercent with 95 % intervals over {len(labels.references)} images\n")
     shown = [tables.capture_table(metrics, mode, tables.BENCHMARK) for mode in MODES]
     shown += [pd.DataFrame(metrics["questions"]).T.round(3).rename_axis("questions")] if labels.questions else []

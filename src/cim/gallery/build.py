@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.files import locked, read_json, refuse_foreign, replacing, write_json
+from cim.files import explained, locked, read_json, refuse_foreign, replacing, write_json
 from cim.gallery import store
 from cim.gallery.search import build_index, choose_kind, new_index
 from cim.gallery.settings import BuildSettings
@@ -52,11 +52,11 @@ def build_gallery(
     Raises:
         CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
             row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
-            refuses the index; where the disk has no room for the result; while another process builds there.
-        OSError: where the disk gets full; what is embedded is kept.
+            refuses the index; where the disk is full, what is embedded being kept; while another process builds there.
     """
     check_target(folder)
-    with locked(_folders(folder)[0]) if processes().is_main_process else nullcontext():
+    lock = locked(_folders(folder)[0]) if processes().is_main_process else nullcontext()
+    with explained(f"{folder}: not completed", "fix this and run the same command again to resume", OSError), lock:
         return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
 
 
@@ -66,13 +66,13 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     Until gallery.json is replaced, by one rename, the former index remains valid.
 
     Raises:
-        CimError: where there is no gallery, or FAISS refuses `kind` or cannot write the index.
+        CimError: where there is no gallery, FAISS refuses `kind`, or the disk is full.
     """
     folder = Path(folder)
     info = store.read_info(folder)
     former = info["index"].get("file")
     new = store.INDEXES[former == store.INDEXES[0]]
-    with locked(folder):
+    with locked(folder), explained(f"{folder}: index not replaced", "fix this and rerun the same command", OSError):
         info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="r"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:

@@ -82,8 +82,8 @@ def gallery_shards(manifest: Manifest, settings: GallerySettings) -> list[Shard]
         CimError: for an unknown split, and as shards_of does.
     """
     manifest = manifest.split(*settings.splits)
-    columns = manifest.frame["image_id"], manifest.captions, manifest.image_paths, manifest.frame["digest"]
-    images = zip(*columns, strict=True)
+    frame = manifest.frame
+    images = zip(frame["image_id"], manifest.captions, manifest.image_paths, frame["digest"], strict=True)
     records = [Record(i, _text(text), os.path.relpath(path), known_digest=digest) for i, text, path, digest in images]
     rows = settings.shard_rows
     starts = range(0, len(records), rows)
