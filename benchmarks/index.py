@@ -90,7 +90,7 @@ def main() -> None:
             else:
                 tuned = build_index(texts, factory(kind, size), options.recall, path)
                 effort, candidates = tuned["effort"], tuned["candidates"]
-                search = open_search(factory(kind, size), texts, path, effort, candidates)
+                search = open_search({"kind": factory(kind, size), "file": path.name, **tuned}, texts, GALLERIES)
             built = time.perf_counter() - start
             found = search.search(queries, K)
             row = {

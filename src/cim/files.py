@@ -1,9 +1,7 @@
-"""Reading text, and writing files safely: all or nothing, never over something else, full disks as one clear line."""
+"""Reading text, and writing files safely: all or nothing, and never over something else."""
 
-import errno
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,24 +33,13 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
     """Write a JSON file, all or nothing; NaN and infinity, which JSON does not have, become null."""
-    write_text(path, json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    plain = json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
+    write_text(path, json.dumps(plain, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_metrics(path: Path | str, metrics: dict) -> None:
     """Write a metrics file, rounded to five digits so that diffs are readable."""
-    write_json(path, _plain(metrics, digits=5))
-
-
-def _plain(value, digits: int | None = None):
-    if isinstance(value, dict):
-        return {str(k): _plain(v, digits) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, digits) for v in value]
-    if isinstance(value, (int, str)) or not hasattr(value, "__float__"):
-        return value
-    if not math.isfinite(value):
-        return None
-    return float(value) if digits is None else round(float(value), digits)
+    write_json(path, json.loads(json.dumps(metrics, default=float), parse_float=lambda digits: round(float(digits), 5)))
 
 
 def read_text(path: Path | str) -> str:
@@ -61,13 +48,9 @@ def read_text(path: Path | str) -> str:
     Raises:
         CimError: where it cannot be read or decoded.
     """
-    try:
+    with explained(f"{path}: cannot be read", "restore it, or save it as UTF-8", OSError, UnicodeDecodeError):
         content = Path(path).read_bytes()
-        return content.decode(encoding := json.detect_encoding(content))
-    except OSError as error:
-        raise CimError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise CimError(f"{path}: not {encoding} ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        return content.decode(json.detect_encoding(content))
 
 
 def read_json(path: Path | str) -> Any:
@@ -92,10 +75,8 @@ def locked(path: Path) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock", timeout=0)
-    try:
+    with explained(f"{path}: another process is writing it", "wait until it has finished", Timeout):
         lock.acquire()
-    except Timeout:
-        raise CimError(f"{path}: another process is writing it; wait until it has finished") from None
     try:
         yield
     finally:
@@ -137,17 +118,3 @@ def explained(problem: str, fix: str, *kinds: type[Exception]) -> Iterator[None]
         yield
     except kinds as error:
         raise CimError(f"{problem} ({' '.join(str(error).split())}); {fix}") from None
-
-
-@contextmanager
-def clear_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line that says what to do; other errors pass."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # FAISS reports a short write as a RuntimeError.
-        if not full and not (isinstance(error, RuntimeError) and "fwrite" in str(error)):
-            raise
-        fix = "free some space and run the same command again to resume"
-        raise CimError(f"{folder}: the disk is full ({error}); {fix}") from None

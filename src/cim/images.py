@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
+from glob import glob
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -131,25 +132,22 @@ class ImageFolder:
         if not self.folder.is_dir():
             raise CimError(f"{self.folder}: not a folder; set it to the one that holds the images")
         self._paths: dict[str, list[Path]] = defaultdict(list)
-        for root, folders, names in os.walk(self.folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
-                if path.suffix.lower() in SUFFIXES:
-                    self._paths[path.name].append(path)
-                    self._paths[path.stem].append(path)
-
-    def find(self, image: str) -> Path | None:
-        """The file of this name, or None; a CimError that names both if two files have it."""
-        name = Path(image).name
-        found = self._paths.get(name) or self._paths.get(Path(name).stem) or [None]
-        if len(found) > 1:
-            raise CimError(f"image '{image}' may be {found[0]} or {found[1]}; set the image folder to one of theirs")
-        return found[0]
+        for path in (self.folder / name for name in sorted(glob("**", root_dir=self.folder, recursive=True))):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                self._paths[path.name].append(path)
+                self._paths[path.stem].append(path)
 
     def paths(self, images: Sequence[str]) -> list[Path]:
-        """The files of these names; a CimError that names the first if any is missing."""
-        found = [self.find(image) for image in images]
-        if missing := [image for image, path in zip(images, found, strict=True) if path is None]:
+        """The files of these names.
+
+        Raises:
+            CimError: naming the first of those that are missing, or both files if two have a name.
+        """
+        found = [self._paths.get(Path(image).name) or self._paths.get(Path(image).stem) or [None] for image in images]
+        for image, (path, *others) in zip(images, found, strict=True):
+            if others:
+                raise CimError(f"image '{image}' may be {path} or {others[0]}; set the image folder to one of theirs")
+        if missing := [image for image, (path,) in zip(images, found, strict=True) if path is None]:
             count = f"{len(missing)} of {len(images)} images are missing"
             raise CimError(f"{self.folder}: {count}, '{missing[0]}' among them; set the image folder to the right one")
-        return found
+        return [path for (path,) in found]

@@ -8,9 +8,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cim.errors import CimError
-from cim.files import read_text
+from cim.files import explained, read_text
 
-PARAMS_FILE = Path("params.yaml")
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[list[str], Field(min_length=1)]
 S = TypeVar("S", bound="Settings")
@@ -35,7 +34,7 @@ class EncoderSettings(Settings):
     text: str
     image: str
     text_tower: str | None = None
-    text_batch: PositiveInt = 32
+    text_batch: PositiveInt | None = None  # None: 32, on a GPU 256
     image_batch: PositiveInt = 128
     # bfloat16 is used only where the hardware computes in it, else float32.
     text_precision: Literal["float32", "bfloat16"] = "float32"
@@ -67,14 +66,12 @@ class FastVlmSettings(Settings):
         return self
 
 
-def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
+def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
     """The parameters file as a dictionary of groups."""
     if not path.exists():
         raise CimError(f"{path}: not found; run from the repository's root")
-    try:
+    with explained(f"{path}: not valid YAML", "correct it", yaml.YAMLError):
         params = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise CimError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
         raise CimError(f"{path}: should hold named groups of parameters")
     return params

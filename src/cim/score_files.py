@@ -36,13 +36,9 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
     check_outputs(sources, scorer.gallery.folder, out)
     with locked(out):
         shards = shards_of(sources, rows=BATCH, image_root=image_root)
-        inputs = {
-            "shards": [shard.name for shard in shards],
-            "gallery": scorer.gallery.info["files"],
-            "reward": scorer.settings.model_dump(),
-        }
+        made_of = {"shards": [shard.name for shard in shards], "gallery": scorer.gallery.info["files"]}
         progress = _progress(out)
-        done = _resume(progress, {"made_of": inputs})
+        done = _resume(progress, {"made_of": made_of | {"reward": scorer.settings.model_dump()}})
         records = islice(_named_once(record for shard in shards for record in shard.read()), done, None)
         with progress.open("a", encoding="utf-8") as lines, tqdm(desc="captions", initial=done, mininterval=2) as bar:
             while batch := list(islice(records, BATCH)):
@@ -113,16 +109,15 @@ def _score_batch(scorer: Scorer, batch: list[tuple[Record, str | None]]) -> Iter
     scores, found = scorer.scores_and_rows([record.caption for record in good], ids)
     found = found[:, :SHOWN]
     scores["in_gallery"] = scorer.gallery_rows(ids) >= 0
-    # One look-up for the batch: an empty caption, which retrieves nothing, takes row 0 and drops it below.
-    retrieved = iter(scorer.gallery.take(found.clip(min=0)).to_dict("records"))
-    items = iter(zip(scores.round(6).to_dict("records"), found, strict=True))
+    distinct = pd.unique(found[found >= 0])  # an empty caption retrieves nothing: -1
+    items = dict(zip(distinct.tolist(), scorer.gallery.take(distinct).to_dict("records"), strict=True))
+    scored = iter(zip(scores.round(6).to_dict("records"), found.tolist(), strict=True))
     for record, error in batch:
         row = {"image_id": record.image_id, "image": record.image, "caption": record.caption}
-        values, rows = (dict.fromkeys(scores), [-1]) if error else next(items)
-        nearest = [] if error else list(islice(retrieved, len(rows)))
+        values, rows = (dict.fromkeys(scores), []) if error else next(scored)
         if not error and not math.isfinite(values["cim"]):
             values, error = dict.fromkeys(scores), "an encoder gives NaN for it; use another precision or encoder"
-        yield {**row, **values, "retrieved": nearest if rows[0] >= 0 else [], "error": error}
+        yield {**row, **values, "retrieved": [items[row] for row in rows if row >= 0], "error": error}
 
 
 def _resume(progress: Path, head: dict) -> int:

@@ -1,7 +1,7 @@
 """From captions to rewards: one pass of encoding, search and gathering for a whole batch."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 
 from cim import rewards
 from cim.data.manifest import Manifest
-from cim.encoders import ImageEncoder, TextEncoder, load_encoders, load_image_encoder, load_text_encoder
+from cim.encoders import ImageEncoder, TextEncoder, load_encoders
 from cim.errors import CimError
 from cim.gallery.search import blocks
 from cim.gallery.store import SMALL, Gallery, load_gallery, read_info
@@ -26,9 +26,7 @@ class Scorer:
     def __init__(self, gallery: Gallery, text: TextEncoder, image: ImageEncoder, settings: RewardSettings):
         self.gallery, self.text, self.image, self.settings = gallery, text, image, settings
         self._sources: dict[str, np.ndarray] = {}
-        self._copies: dict[str, int] = {}  # gallery row of source images that are there under another image_id
-        self._gallery_images: np.ndarray | None = None  # all of them
-        self._compared: np.ndarray | None = None  # all of them, transformed
+        self._copies: dict[str, int] = {}  # gallery row of source images by their content, or -1
 
     def at(self, settings: RewardSettings, kind: type["Scorer"] | None = None) -> "Scorer":
         """The same scorer, with its source images, at other settings of the reward, and of another kind where given."""
@@ -44,9 +42,7 @@ class Scorer:
             CimError: for the whole of a gallery that is too large for it.
         """
         if self.settings.k is None and len(self.gallery) > SMALL:
-            raise CimError(
-                f"{self.gallery.folder}: reward.k=null takes galleries of up to {SMALL:,} rows; set reward.k"
-            )
+            raise CimError(f"{self.gallery.folder}: has more than the {SMALL:,} rows of reward.k=null; set reward.k")
         return self.settings.k or len(self.gallery) - self.settings.exclude_source
 
     def add_sources(self, manifest: Manifest, progress: bool = False) -> None:
@@ -55,8 +51,7 @@ class Scorer:
         Images of the gallery keep the embedding they have there.
         """
         ids = manifest.frame["image_id"].to_numpy()
-        if "digest" in manifest.frame:
-            self._find_copies(ids, manifest.frame["digest"])
+        self._copies.update(zip(ids, self.gallery.rows_of(manifest.frame["digest"], "digest"), strict=True))
         rows = self.gallery_rows(ids)
         known = rows >= 0
         self._sources.update(zip(ids[known], self.gallery.image_vectors(rows[known]), strict=True))
@@ -78,11 +73,8 @@ class Scorer:
             unreadable.update((new[position], reason) for position, reason in bad.items())
         read = {i: vector for p, (i, vector) in enumerate(zip(new, vectors, strict=True)) if p not in bad}
         self._sources.update(read)
-        strangers = [i for i, row in zip(read, self.gallery.rows_of(list(read)), strict=True) if row < 0]
-        self._find_copies(strangers, [content_digest(read_stored(images[i])) for i in strangers])
-
-    def _find_copies(self, image_ids: Sequence[str], digests: Sequence[str]) -> None:
-        self._copies.update((i, r) for i, r in zip(image_ids, self.gallery.copies_of(digests), strict=True) if r >= 0)
+        digests = [content_digest(read_stored(images[image_id])) for image_id in read]
+        self._copies.update(zip(read, self.gallery.rows_of(digests, "digest"), strict=True))
 
     def gallery_rows(self, image_ids: Sequence[str]) -> np.ndarray:
         """(n,) gallery row of each source image, by its image_id or its file's content; -1 if it is not there."""
@@ -136,7 +128,7 @@ class Scorer:
             # Much of the gallery has a weight: one product, instead of gathering k images for each caption.
             spread = np.zeros((len(rows), len(self.gallery)), np.float32)
             np.put_along_axis(spread, rows, weights, 1)
-            centroid = spread @ self._images(np.arange(len(self.gallery)))
+            centroid = spread @ self._compared
             return np.linalg.norm(centroid, axis=1), np.einsum("nd,nd->n", source, centroid)
         for part in blocks(len(rows), max(1, GATHERED // self.k)):
             retrieved, own = self._images(rows[part]), weights[part] if soft else weights
@@ -145,11 +137,17 @@ class Scorer:
         grc, qir = map(np.concatenate, zip(*scores, strict=True))
         return grc, qir
 
+    @cached_property
+    def _gallery_images(self) -> np.ndarray:
+        return self.gallery.image_vectors(np.arange(len(self.gallery)))
+
+    @cached_property
+    def _compared(self) -> np.ndarray:
+        return self._transformed(self._gallery_images)
+
     def _images(self, rows: np.ndarray) -> np.ndarray:
         """(*rows.shape, d) transformed embeddings of gallery images."""
-        if self._compared is None and len(self.gallery) <= SMALL:
-            self._compared = self._transformed(self.gallery.image_vectors(np.arange(len(self.gallery))))
-        if self._compared is not None:
+        if len(self.gallery) <= SMALL:
             return self._compared[rows]
         # Captions of one image retrieve much the same rows: each is read and transformed once.
         distinct, place = np.unique(rows, return_inverse=True)
@@ -174,15 +172,12 @@ class Scorer:
         Raises:
             CimError: where the image encoder has no text tower.
         """
-        if self._gallery_images is None:
-            self._gallery_images = self.gallery.image_vectors(np.arange(len(self.gallery)))
         text, source = self.image.encode_text(list(captions)), self.source_vectors(image_ids)
         scores = {
             "clipscore": rewards.clipscore(text, source),
             "self_retrieval": rewards.self_retrieval(text, source, self._gallery_images),
         }
-        filled = _not_empty(captions)
-        return pd.DataFrame({name: np.where(filled, values, 0.0) for name, values in scores.items()})
+        return pd.DataFrame(scores).mul(_not_empty(captions), axis=0)
 
 
 def _not_empty(captions: Sequence[str]) -> np.ndarray:
@@ -199,8 +194,7 @@ def load_scorer(
     """
     if encoders is None:
         info = read_info(Path(folder))
-        text = load_text_encoder(info["text_encoder"]["spec"], precision="bfloat16")
-        image = load_image_encoder(info["image_encoder"]["spec"])
-    else:
-        text, image = load_encoders(encoders)
+        specs = {name: info[f"{name}_encoder"]["spec"] for name in ("text", "image")}
+        encoders = EncoderSettings(**specs, text_precision="bfloat16")
+    text, image = load_encoders(encoders)
     return Scorer(load_gallery(folder, text, image), text, image, settings or RewardSettings())

@@ -4,9 +4,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from cim.cli.score import add_reward_options, reward_settings
+from cim.cli.score import add_reward_options, scorer_of
 from cim.errors import CimError
-from cim.files import clear_disk_errors, refuse_foreign, write_metrics
+from cim.files import explained, refuse_foreign, write_metrics
 
 
 def add_commands(commands) -> None:
@@ -23,12 +23,8 @@ def add_commands(commands) -> None:
     option("--gallery", help="also GRC, QIR and CIM, and how they follow the other scores")
     option("--images", help="folder of the benchmark's images, which --gallery needs")
     add_reward_options(command)
-    option(
-        "--out", default=Path("evaluation"), help="folder to write: new, or a former evaluation (default: evaluation)"
-    )
-    option(
-        "--cache", default=Path(".cache/parses"), help="folder for the factual parser's parses (default: .cache/parses)"
-    )
+    option("--out", default="evaluation", help="folder to write: new, or a former evaluation (default: evaluation)")
+    option("--cache", default=".cache/parses", help="folder of the factual parser's parses (default: .cache/parses)")
     option("--resamples", type=int, default=10_000)
     option("--seed", type=int, default=0)
     command.set_defaults(handle=_evaluate)
@@ -41,40 +37,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from cim.evaluation.capture.matching import MODES
     from cim.evaluation.facts import EvaluateSettings, capture
     from cim.params import group
-    from cim.report.pages import captions_page
-    from cim.report.tables import BENCHMARK, capture_table, metric_table
+    from cim.report import pages, tables
 
     own = {name: getattr(arguments, name) for name in ("parser", "encoder", "reader", "seed", "resamples")}
     settings = group(EvaluateSettings, {"splits": [arguments.benchmark], **own}, "evaluate")
     out, folder = arguments.out, arguments.labels or Path("datasets/sc-captioner") / arguments.benchmark
-    _refuse_inputs(out, [*arguments.captions, folder])
+    refuse_foreign(out, "metrics.json", "folder of an evaluation")
+    for path in (*arguments.captions, folder):
+        if out.resolve() in (path.resolve(), path.resolve().parent):
+            raise CimError(f"--out {out}: holds {path}, which is an input; choose another folder")
     labels = load_labels(folder, arguments.benchmark)
     captions, problems = _captions(arguments.captions, labels)
     retrieval = _retrieval(arguments, labels) if arguments.gallery else None
     done = capture(settings, captions, labels, retrieval, arguments.cache)
     metrics = done.metrics | {"encoder": settings.encoder, "problems": problems}
-    with clear_disk_errors(out):
+    with explained(f"{out}: not completed", "fix this and rerun the same command", OSError):
         write_metrics(out / "metrics.json", metrics)  # first: it marks the folder as an evaluation
         done.images.to_csv(out / "images.csv", index=False, float_format="%.5f")
         if len(done.questions):
             done.questions.to_csv(out / "questions.csv", index=False)
-        captions_page(done.images, captions, labels.references, out / "page.html")
+        pages.captions_page(done.images, captions, labels.references, out / "page.html")
     print(f"synonyms: {metrics['synonyms']}\npercent with 95 % intervals over {len(labels.references)} images\n")
-    shown = [capture_table(metrics, mode, BENCHMARK) for mode in MODES]
+    shown = [tables.capture_table(metrics, mode, tables.BENCHMARK) for mode in MODES]
     shown += [pd.DataFrame(metrics["questions"]).T.round(3).rename_axis("questions")] if labels.questions else []
-    shown += [metric_table(metrics)] if arguments.gallery else []
+    shown += [tables.metric_table(metrics)] if arguments.gallery else []
     if agree := metrics.get("agreement with the pattern parser"):
         shown.append(pd.DataFrame({"F1 of both parsers' graphs of the references": agree}).T.round(2))
     print("\n\n".join(table.to_string() for table in shown))
     print(f"\nwritten: {out}/metrics.json, images.csv, page.html")
-
-
-def _refuse_inputs(out: Path, inputs: list[Path]) -> None:
-    """Refuse an output folder that holds something else, an input among others."""
-    refuse_foreign(out, "metrics.json", "folder of an evaluation")
-    for path in inputs:
-        if out.resolve() in (path.resolve(), path.resolve().parent):
-            raise CimError(f"--out {out}: holds {path}, which is an input; choose another folder")
 
 
 def _captions(paths: list[Path], labels) -> tuple[dict[str, dict[int, dict[str, str]]], list[dict]]:
@@ -100,11 +90,10 @@ def _captions(paths: list[Path], labels) -> tuple[dict[str, dict[int, dict[str, 
 def _retrieval(arguments: argparse.Namespace, labels):
     """A function that gives GRC, QIR and CIM of captions of the benchmark's images, which are embedded now."""
     from cim.images import ImageFolder
-    from cim.scorer import load_scorer
 
     if arguments.images is None:
         raise CimError("--gallery needs --images, the folder of the benchmark's images")
-    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
+    scorer = scorer_of(arguments)
     paths = ImageFolder(arguments.images).paths(list(labels.references))
     scorer.add_images(dict(zip(labels.references, paths, strict=True)))
     return scorer.retrieval_scores

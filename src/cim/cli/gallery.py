@@ -36,28 +36,24 @@ def _settings(arguments: argparse.Namespace):
     from cim.gallery.settings import BuildSettings
     from cim.params import group
 
-    return group(
-        BuildSettings, {k: v for k, v in vars(arguments).items() if k in BuildSettings.model_fields}, "gallery"
-    )
+    given = {name: value for name, value in vars(arguments).items() if name in BuildSettings.model_fields}
+    return group(BuildSettings, given, "gallery")
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from cim.encoders import load_image_encoder, load_text_encoder
-    from cim.gallery.build import build_gallery, check_target
-    from cim.gallery.shards import shards_of
-    from cim.gallery.store import read_info
+    from cim.encoders import load_encoders
+    from cim.gallery import build, shards, store
     from cim.params import EncoderSettings, group
 
     folder, add = arguments.folder, arguments.action == "add"
     settings = _settings(arguments)
-    check_target(folder, arguments.sources)
-    former = read_info(folder) if add else None
-    specs = {n: former[f"{n}_encoder"]["spec"] if add else getattr(arguments, n) for n in ("text", "image")}
-    encoders = group(EncoderSettings, {**specs, "image_batch": arguments.image_batch}, "encoders")
-    shards = shards_of(arguments.sources, settings.shard_rows, arguments.image_root)
-    text = load_text_encoder(encoders.text, precision="bfloat16")
-    image = load_image_encoder(encoders.image, encoders.image_batch)
-    info = build_gallery(shards, settings, text, image, folder, add)
+    build.check_target(folder, arguments.sources)
+    former = store.read_info(folder) if add else None
+    given = {n: former[f"{n}_encoder"]["spec"] if add else getattr(arguments, n) for n in ("text", "image")}
+    given |= {"image_batch": arguments.image_batch, "text_precision": "bfloat16"}
+    encoders = group(EncoderSettings, given, "encoders")
+    sources = shards.shards_of(arguments.sources, settings.shard_rows, arguments.image_root)
+    info = build.build_gallery(sources, settings, *load_encoders(encoders), folder, add)
     if add:
         print(f"added {info['rows'] - former['rows']:,} rows")
     _print_info(info, folder)

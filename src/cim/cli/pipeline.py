@@ -28,8 +28,7 @@ def add_commands(commands) -> None:
     train.add_argument("--plan", action="store_true", help="print model, data, batches, memory and hours, and stop")
     add_overrides(train, "with --plan: as in -S profile=paper")
     train.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
-    handles = {data: _data, run: _run, params: _params, pipeline: _pipeline, train: _train}
-    for command, handle in handles.items():
+    for command, handle in ((data, _data), (run, _run), (params, _params), (pipeline, _pipeline), (train, _train)):
         command.set_defaults(handle=handle)
 
 

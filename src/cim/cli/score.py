@@ -39,25 +39,25 @@ def add_reward_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--include-source", action="store_true", help="let a caption retrieve its own image")
 
 
-def reward_settings(arguments: argparse.Namespace):
-    """The RewardSettings that these options give; CimError for invalid ones."""
+def scorer_of(arguments: argparse.Namespace):
+    """The Scorer on the gallery, at the parameters of the reward that these options give; CimError for invalid ones."""
     from cim.params import group, read_params
     from cim.rewards import RewardSettings
+    from cim.scorer import load_scorer
 
     values = read_params(arguments.reward) if arguments.reward else {}
     values |= {name: value for name in ("k", "beta", "decay") if (value := getattr(arguments, name)) is not None}
-    return group(RewardSettings, values | ({"exclude_source": False} if arguments.include_source else {}), "reward")
+    values |= {"exclude_source": False} if arguments.include_source else {}
+    return load_scorer(arguments.gallery, group(RewardSettings, values, "reward"))
 
 
 def _score(arguments: argparse.Namespace) -> None:
     from cim.report.pages import score_page
     from cim.score_files import check_outputs, score_files, summary
-    from cim.scorer import load_scorer
 
     out, html = arguments.out, arguments.html
     check_outputs(arguments.sources, arguments.gallery, out, html)
-    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
-    frame = score_files(scorer, arguments.sources, out, arguments.image_root)
+    frame = score_files(scorer_of(arguments), arguments.sources, out, arguments.image_root)
     print(f"{summary(frame)}\n\nwritten: {out}")
     if html:
         score_page(frame, html)
@@ -68,13 +68,10 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _rerank(arguments: argparse.Namespace) -> None:
     from cim.score_files import best_captions, check_outputs, score_files, summary, write_scores
-    from cim.scorer import load_scorer
 
     out, every = arguments.out, arguments.out.with_stem(f"{arguments.out.stem}-all")
-    for path in (out, every):
-        check_outputs(arguments.sources, arguments.gallery, path)
-    scorer = load_scorer(arguments.gallery, reward_settings(arguments))
-    scores = score_files(scorer, arguments.sources, every, arguments.image_root)
+    check_outputs(arguments.sources, arguments.gallery, out)
+    scores = score_files(scorer_of(arguments), arguments.sources, every, arguments.image_root)
     best = best_captions(scores, arguments.by)
     write_scores(best, out)
     print(f"{len(scores)} candidates; the best of each image:\n{summary(best)}\n\nwritten: {out}, {every}")
@@ -86,14 +83,12 @@ def _judge(arguments: argparse.Namespace) -> None:
     from cim.evaluation.statistics import with_interval
     from cim.files import refuse_folder, write_metrics
     from cim.params import group
-    from cim.scorer import load_scorer
 
     refuse_folder(arguments.out)
     bootstrap = group(BootstrapSettings, {"seed": arguments.seed, "resamples": arguments.resamples}, "judge")
-    reward = reward_settings(arguments)
+    scorer = scorer_of(arguments)
     judgements = load_judgements(arguments.benchmark, arguments.data)
     print(f"{arguments.benchmark}: {judgements.summary}", flush=True)
-    scorer = load_scorer(arguments.gallery, reward)
     metrics = agreement_with_people(judgements, scorer, bootstrap.seed, bootstrap.resamples)
     for score, cells in metrics["scores"].items():
         print(f"{score}: " + ", ".join(f"{name} {with_interval(cell)}" for name, cell in cells.items()))

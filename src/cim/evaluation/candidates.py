@@ -50,7 +50,7 @@ def score_candidates(
     scores |= {name: scorer.at(settings).retrieval_scores(captions, ids)["cim"] for name, settings in rewards.items()}
     if read:
         scores["cim, exact facts"] = scorer.at(scorer.settings, FactScorer).retrieval_scores(captions, ids)["cim"]
-    if scorer.image.reads_text:
+    if scorer.image.embed_text:
         scores |= scorer.paired_scores(captions, ids).to_dict("series")
     scores |= {"likelihood": candidates["likelihood"]} if "likelihood" in candidates else {}
     scores |= {"words": candidates["caption"].str.split().str.len()}

@@ -6,12 +6,10 @@ several machines too where they share the folder. At the end one process joins t
 puts the gallery in its place.
 """
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
-from cim.files import clear_disk_errors, locked, read_json, refuse_foreign, replacing, write_json
+from cim.files import explained, locked, read_json, refuse_foreign, replacing, write_json
 from cim.gallery import store
 from cim.gallery.search import build_index, choose_kind, new_index
 from cim.gallery.settings import BuildSettings
@@ -35,7 +33,7 @@ from cim.processes import processes
 
 PLAN = "plan.json"
 BLOCK = 1024  # records in memory at once: they may hold the content of their images
-FILES = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM, store.INFO, store.SKIPPED, *store.INDEXES)
+DATA = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM, *store.INDEXES)
 
 
 def build_gallery(
@@ -54,10 +52,11 @@ def build_gallery(
     Raises:
         CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
             row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
-            refuses the index; where the disk is full; while another process builds there.
+            refuses the index; where the disk is full, what is embedded being kept; while another process builds there.
     """
     check_target(folder)
-    with locked(_folders(folder)[0]) if processes().is_main_process else nullcontext():
+    lock = locked(_folders(folder)[0]) if processes().is_main_process else nullcontext()
+    with explained(f"{folder}: not completed", "fix this and run the same command again to resume", OSError), lock:
         return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
 
 
@@ -73,7 +72,7 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     info = store.read_info(folder)
     former = info["index"].get("file")
     new = store.INDEXES[former == store.INDEXES[0]]
-    with locked(folder), clear_disk_errors(folder):
+    with locked(folder), explained(f"{folder}: index not replaced", "fix this and rerun the same command", OSError):
         info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="r"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:
@@ -113,11 +112,11 @@ class _Build:
         # Tables of SCHEMA's columns and both embeddings; what was left out is in their metadata.
         self.parts = [self.work / "parts" / f"{i:06d}" for i in range(len(shards))]
         self._in_main_process(self._settle)
-        self.base = base = store.load_gallery(self.folder, text_encoder, image_encoder) if add else None
+        self.base = store.load_gallery(self.folder, text_encoder, image_encoder) if add else None
         encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder}
         self.info = {name: {"spec": e.spec, "dim": e.dim, "digest": e.digest} for name, e in encoders.items()}
-        names = [shard.name for shard in shards]
-        self.plan = {"shards": names, **self.info, "base": base.info["files"] if add else None}
+        base = self.base.info["files"] if add else None
+        self.plan = {"shards": [shard.name for shard in shards], **self.info, "base": base}
 
     def run(self) -> dict:
         if self.settings.index not in ("exact", "auto"):
@@ -128,16 +127,13 @@ class _Build:
         for done, i in enumerate(mine, 1):
             if len(self.parts) > 1:
                 print(f"shard {i + 1} of {len(self.parts)} ({done} of {len(mine)} to do here)", flush=True)
-            with clear_disk_errors(self.folder):
-                self._embed(self.shards[i], self.parts[i])
+            self._embed(self.shards[i], self.parts[i])
         processes().wait_for_everyone()
         self._in_main_process(self._publish)
         return store.read_info(self.folder)
 
     def _in_main_process(self, step: Callable[[], None]) -> None:
-        if processes().is_main_process:
-            with clear_disk_errors(self.folder):
-                step()
+        processes().on_main_process(step)()
         processes().wait_for_everyone()
 
     def _settle(self) -> None:
@@ -148,7 +144,7 @@ class _Build:
         elif old.is_dir():
             # Files that are not the gallery's own, such as a user's notes, stay in the folder.
             for path in old.iterdir():
-                if path.name.removesuffix(".partial") not in FILES:
+                if path.name.removesuffix(".partial") not in (*DATA, store.INFO, store.SKIPPED):
                     os.replace(path, self.folder / path.name)
             shutil.rmtree(old)
 
@@ -171,10 +167,8 @@ class _Build:
                 found, vectors = self._embed_images(block, skipped)
                 if skipped and self.settings.max_skipped == 0:  # a larger share is checked at the end
                     image_id, reason = next(iter(skipped.items()))
-                    raise CimError(
-                        f"{shard.name}: image '{image_id}': {reason} ({len(skipped)} so far in this shard); fix or "
-                        "remove it, or allow a share with max_skipped"
-                    )
+                    fix = f"({len(skipped)} so far in this shard); fix or remove it, or allow a share with max_skipped"
+                    raise CimError(f"{shard.name}: image '{image_id}': {reason} {fix}")
                 rows += found
                 images.append(vectors)
                 bar.update(len(block))
@@ -186,7 +180,7 @@ class _Build:
             if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
                 where = f"image '{rows[bad[0]]['image_id']}': encoder '{encoder.spec}'"
                 raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
-            flat = pa.array(vectors.astype(np.float16).ravel())
+            flat = vectors.astype(np.float16).ravel()
             table = table.append_column(name, pa.FixedSizeListArray.from_arrays(flat, encoder.dim))
         left_out = json.dumps([{"image_id": image_id, "reason": reason} for image_id, reason in skipped.items()])
         with replacing(part) as partial:
@@ -203,31 +197,26 @@ class _Build:
         unreadable: dict[int, str] = {}
         images = self.image.encode([r.open for r in records], unreadable=unreadable)
         skipped |= {records[i].image_id: reason for i, reason in unreadable.items()}
-        kept = [i for i in range(len(records)) if i not in unreadable]
-        records = [records[i] for i in kept]
-        with ThreadPoolExecutor(4) as pool:
-            digests = pool.map(Record.digest, records)
+        records = [r for i, r in enumerate(records) if i not in unreadable]
         # Relative to the gallery, so that they are valid in any current folder, and the same on any machine.
-        places = (os.path.relpath(r.image, os.path.realpath(self.folder)) for r in records)
-        names = [(r.image_id, place, r.caption, d) for r, place, d in zip(records, places, digests, strict=True)]
-        return [dict(zip(store.SCHEMA.names, row, strict=True)) for row in names], images[kept]
+        root = os.path.realpath(self.folder)
+        rows = ((r.image_id, os.path.relpath(r.image, root), r.caption, r.digest()) for r in records)
+        rows = [dict(zip(store.SCHEMA.names, row, strict=True)) for row in rows]
+        return rows, np.delete(images, list(unreadable), axis=0)
 
     def _publish(self) -> None:
         """Join the parts next to a former gallery and put the result in its place."""
-        tables = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
-        hashes = pd.Series(np.concatenate([np.zeros(0, np.uint64), *(store.hashes(t["image_id"]) for t in tables)]))
-        firsts = np.split(~hashes.duplicated().to_numpy(), np.cumsum([len(t) for t in tables])[:-1])
-        skipped = [row for table in tables for row in json.loads(table.schema.metadata[b"skipped"])]
-        for table, first in zip(tables, firsts, strict=True):
-            repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
-            skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
-        added = sum(int(first.sum()) for first in firsts)
+        parts = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
+        table = pa.concat_tables(parts)
+        first = ~pd.Series(store.hashes(table["image_id"])).duplicated().to_numpy()
+        skipped = [row for part in parts for row in json.loads(part.schema.metadata[b"skipped"])]
+        repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
+        skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
+        added = int(first.sum())
         if len(skipped) > self.settings.max_skipped * (added + len(skipped)):
             example = f"'{skipped[0]['image_id']}' ({skipped[0]['reason']})"
-            raise CimError(
-                f"{self.folder}: {len(skipped)} of {added + len(skipped)} rows cannot be used, such as {example}; "
-                "fix them or raise max_skipped: what is embedded is kept"
-            )
+            problem = f"{len(skipped)} of {added + len(skipped)} rows cannot be used, such as {example}"
+            raise CimError(f"{self.folder}: {problem}; fix them or raise max_skipped: what is embedded is kept")
         base = self.base
         total = added + (0 if base is None else len(base))
         if total == 0:
@@ -235,27 +224,25 @@ class _Build:
         # float16 vectors, and an index of a byte per dimension
         need = total * (3 * self.text.dim + 2 * self.image.dim)
         if (free := shutil.disk_usage(self.work).free) < need:
-            raise OSError(errno.ENOSPC, f"joining the shards takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+            problem = f"joining the shards takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            raise CimError(f"{self.folder}: {problem}; free some space and run the same command again to resume")
         aside = self.work / "joined"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        # Generators: one shard at a time is in memory.
-        for name, dim in ((store.TEXTS, self.text.dim), (store.IMAGES, self.image.dim)):
-            former = [] if base is None else [np.load(self.folder / name, mmap_mode="r")]
-            flat = (np.asarray(table[name].combine_chunks().flatten()) for table in tables)
-            new = (vectors.reshape(-1, dim)[first] for vectors, first in zip(flat, firsts, strict=True))
+        # Memory-mapped batches of at most one shard, filtered one at a time.
+        batches = table.append_column("first", pa.array(first)).to_batches()
+        texts, images, rows = ([], [], []) if base is None else ([base.texts], [base.images], [base.table])
+        for name, dim, former in ((store.TEXTS, self.text.dim, texts), (store.IMAGES, self.image.dim, images)):
+            new = (np.asarray(b[name].filter(b["first"]).flatten()).reshape(-1, dim) for b in batches)
             store.write_array(aside / name, total, dim, chain(former, new))
-        new_rows = (table.filter(pa.array(first)) for table, first in zip(tables, firsts, strict=True))
-        store.write_rows(aside / store.ROWS, chain([] if base is None else [base.table], new_rows))
+        store.write_rows(aside / store.ROWS, chain(rows, (b.filter(b["first"]) for b in batches)))
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
         (aside / store.SKIPPED).write_text(lines, encoding="utf-8")
         vectors = np.load(aside / store.TEXTS, mmap_mode="r")
         index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
         transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="r"))
-        transform.write(aside / store.TRANSFORM)
-        fixed = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM)
-        names = [*fixed, *([index["file"]] if "file" in index else [])]
-        files = {name: store.described(aside / name) for name in names}
+        np.savez(aside / store.TRANSFORM, **vars(transform))
+        files = {name: store.described(aside / name) for name in DATA if (aside / name).is_file()}
         info = {"rows": total, "skipped": len(skipped), **self.info, "index": index, "files": files}
         write_json(aside / store.INFO, info)
         if self.folder.exists():
@@ -267,7 +254,7 @@ class _Build:
         shutil.rmtree(self.work)
         if skipped:
             print(f"{self.folder}: {len(skipped)} rows were left out, see {self.folder / store.SKIPPED}", flush=True)
-        if cut := sum(pc.sum(pc.match_substring(table["caption"], "\ufffd")).as_py() or 0 for table in tables):
+        if cut := pc.sum(pc.match_substring(table["caption"], "\ufffd")).as_py():
             print(f"{self.folder}: {cut} captions hold U+FFFD in place of invalid characters", flush=True)
 
 

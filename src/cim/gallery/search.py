@@ -97,14 +97,12 @@ class FaissSearch:
         self.vectors = vectors
         # The GPU build's class sets parameters of indexes on both kinds of device.
         self._space = getattr(faiss, "GpuParameterSpace", faiss.ParameterSpace)()
-        self.parameter = next(filter(self._takes, ("nprobe", "efSearch")), None)
-
-    def _takes(self, parameter: str) -> bool:
-        try:
-            self._space.set_index_parameter(self.index, parameter, 1)
-        except RuntimeError:
-            return False
-        return True
+        self.parameter = None
+        for name in ("nprobe", "efSearch"):
+            with suppress(RuntimeError):  # an index without it
+                self._space.set_index_parameter(index, name, 1)
+                self.parameter = name
+                break
 
     @torch.inference_mode()
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
@@ -204,7 +202,7 @@ def build_index(vectors: np.ndarray, kind: str, recall: float, path: Path, forme
             index.train(vectors[sample].astype(np.float32))
         for part in tqdm(list(blocks(n, start=index.ntotal)), desc="indexing", mininterval=2):
             index.add(vectors[part].astype(np.float32))
-    with replacing(path) as partial:
+    with replacing(path) as partial, explained(f"{path}: cannot be written", "free some space", RuntimeError):
         faiss.write_index(index, str(partial))
     search = FaissSearch(kind, index, vectors)
     tuned = {"recall": round(_calibrate(search, recall), 4), "effort": search.effort, "candidates": search.candidates}
@@ -250,20 +248,23 @@ def recall_at_k(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def open_search(
-    kind: str, vectors: np.ndarray, path: Path, effort: int, candidates: int, device: torch.device | str = "cpu"
+    info: dict, vectors: np.ndarray, folder: Path, device: torch.device | str = "cpu"
 ) -> ExactSearch | FaissSearch:
     """The search of a gallery on disk.
 
     On a GPU whose memory has room for the vectors the search is exact, which is faster there than any index.
+
+    Args:
+        info: the index in gallery.json: its kind, and unless that is exact its file, effort and candidates.
 
     Raises:
         CimError: where the index file cannot be read or is not an index of these vectors.
     """
     device = torch.device(device)
     fits = device.type == "cuda" and vectors.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-    if kind == "exact" or fits:
+    if info["kind"] == "exact" or fits:
         return ExactSearch(vectors, device if fits else "cpu")
-    fix = "rebuild it with 'cim gallery index'"
+    path, fix = folder / info.get("file", ""), "rebuild it with 'cim gallery index'"
     with explained(f"{path}: unreadable FAISS index", fix, RuntimeError):
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (found := (index.ntotal, index.d)) != vectors.shape:
@@ -271,4 +272,4 @@ def open_search(
     if device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
         with suppress(RuntimeError):  # some kinds of index work on CPUs only
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
-    return FaissSearch(kind, index, vectors, effort, candidates)
+    return FaissSearch(info["kind"], index, vectors, info["effort"], info["candidates"])

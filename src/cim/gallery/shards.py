@@ -82,9 +82,9 @@ def gallery_shards(manifest: Manifest, settings: GallerySettings) -> list[Shard]
         CimError: for an unknown split, and as shards_of does.
     """
     manifest = manifest.split(*settings.splits)
-    ids, captions = manifest.frame["image_id"].tolist(), [_text(c) for c in manifest.captions]
-    paths, digests = map(os.path.relpath, manifest.image_paths), manifest.frame["digest"]
-    records = [Record(*row, known_digest=digest) for *row, digest in zip(ids, captions, paths, digests, strict=True)]
+    frame = manifest.frame
+    images = zip(frame["image_id"], manifest.captions, manifest.image_paths, frame["digest"], strict=True)
+    records = [Record(i, _text(text), os.path.relpath(path), known_digest=digest) for i, text, path, digest in images]
     rows = settings.shard_rows
     starts = range(0, len(records), rows)
     shards = [Shard(f"{manifest.name}:{start}", partial(list, records[start : start + rows])) for start in starts]
@@ -111,8 +111,7 @@ def shards_of(sources: list[Path], rows: int, image_root: Path | None = None) ->
     for path in source_files(sources):
         stat = path.stat()
         name = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
-        for place, read in _READERS[path.suffix](path, image_root or path.parent, rows):
-            shards.append(Shard(f"{name}{place}", read))
+        shards += _READERS[path.suffix](path, name, image_root or path.parent, rows)
     if not shards:
         raise CimError(f"{', '.join(map(str, sources))}: no rows in {', '.join(_READERS)} files; give others")
     return shards
@@ -134,14 +133,11 @@ def source_files(sources: Iterable[Path]) -> list[Path]:
     return files
 
 
-Parts = Iterator[tuple[str, Callable[[], Iterable[Record]]]]  # of one file: what to add to its name, and the reader
-
-
 def _reading(path: Path, kind: str) -> AbstractContextManager:
     return explained(f"{path}: not a readable {kind} file", "fetch or write it again", *DAMAGED, pa.ArrowException)
 
 
-def _parquet(path: Path, root: Path, rows: int) -> Parts:
+def _parquet(path: Path, name: str, root: Path, rows: int) -> Iterator[Shard]:
     with _reading(path, "Parquet"):
         file = pq.ParquetFile(path)
     names = file.schema_arrow.names
@@ -160,10 +156,10 @@ def _parquet(path: Path, root: Path, rows: int) -> Parts:
 
     for group in range(file.num_row_groups):
         for start in range(0, file.metadata.row_group(group).num_rows, rows):
-            yield f":{group}:{start}", partial(read, group, start)
+            yield Shard(f"{name}:{group}:{start}", partial(read, group, start))
 
 
-def _jsonl(path: Path, root: Path, rows: int) -> Parts:
+def _jsonl(path: Path, name: str, root: Path, rows: int) -> Iterator[Shard]:
     def read(first: int, offset: int) -> Iterator[Record]:
         with path.open("rb") as lines:
             lines.seek(offset)
@@ -175,20 +171,20 @@ def _jsonl(path: Path, root: Path, rows: int) -> Parts:
     with path.open("rb") as lines:
         for number, line in enumerate(lines):
             if number % rows == 0:
-                yield f":{number}", partial(read, number, offset)
+                yield Shard(f"{name}:{number}", partial(read, number, offset))
             offset += len(line)
 
 
 def _parse(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-        image = row["image"] if "image" in row else row["image_path"]  # as in DenseFusion-1M
-        return {"image_id": row.get("image_id"), "image": image, "caption": row["caption"]}
+        # DenseFusion-1M has `image_path`.
+        return {**row, "image": row["image"] if "image" in row else row["image_path"], "caption": row["caption"]}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CimError(f'{where}: should be JSON, {{"image": path, "caption": text}} ({error!r})') from None
 
 
-def _tar(path: Path, root: Path, rows: int) -> Parts:
+def _tar(path: Path, name: str, root: Path, rows: int) -> Iterator[Shard]:
     def read() -> Iterator[Record]:
         with _reading(path, "tar"), tarfile.open(path) as tar:
             # First the headers alone, since the members of a key may lie apart.
@@ -202,16 +198,14 @@ def _tar(path: Path, root: Path, rows: int) -> Parts:
                     place = valid_text(f"{path}!{image.name}")
                     yield Record(valid_text(key), _caption_of(texts), place, tar.extractfile(image).read())
 
-    yield "", read
+    yield Shard(name, read)
 
 
 def _caption_of(texts: dict[str, bytes]) -> str:
     if ".txt" in texts:
         return _text(texts[".txt"].decode("utf-8", "replace"))
-    match json.loads(texts.get(".json", b"null")):
-        case {"caption": caption}:
-            return _text(caption)
-    return ""
+    found = json.loads(texts.get(".json", b"null"))
+    return _text(found.get("caption")) if isinstance(found, dict) else ""
 
 
 def _record(row: dict, root: Path, where: str) -> Record:

@@ -12,7 +12,7 @@ skipped.jsonl  rows that were left out, with the reason
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -75,6 +75,7 @@ class Gallery:
     texts: np.ndarray  # (N, d) float16 caption embeddings
     images: np.ndarray  # (N, d) float16 image embeddings
     index: ExactSearch | FaissSearch
+    _first_rows: dict[str, pd.Series] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -90,21 +91,13 @@ class Gallery:
         root = os.path.realpath(self.folder)
         return table.assign(image=[os.path.relpath(os.path.join(root, image)) for image in table["image"]])
 
-    def rows_of(self, image_ids) -> np.ndarray:
-        """(n,) gallery row of each image, -1 where it is not in the gallery."""
-        return self._by_id.reindex(hashes(image_ids), fill_value=-1).to_numpy()
-
-    def copies_of(self, digests) -> np.ndarray:
-        """(n,) gallery row with each content_digest of an image file, -1 where the gallery has no such file."""
-        return self._by_digest.reindex(hashes(digests), fill_value=-1).to_numpy()
-
-    @cached_property
-    def _by_id(self) -> pd.Series:
-        return _first_rows(self.table["image_id"])
-
-    @cached_property
-    def _by_digest(self) -> pd.Series:
-        return _first_rows(self.table["digest"])
+    def rows_of(self, values, column: str = "image_id") -> np.ndarray:
+        """(n,) first gallery row with each image_id, or content_digest in column `digest`; -1 where there is none."""
+        if column not in self._first_rows:
+            # By hashes, tens of bytes a row: a dictionary of the texts would take hundreds.
+            rows = pd.Series(np.arange(len(self)), hashes(self.table[column]))
+            self._first_rows[column] = rows[~rows.index.duplicated()]
+        return self._first_rows[column].reindex(hashes(values), fill_value=-1).to_numpy()
 
     def text_embeddings(self) -> np.ndarray:
         """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
@@ -144,7 +137,7 @@ class Gallery:
         """Centring and whitening fitted on the gallery's images."""
         if TRANSFORM not in self.info["files"]:
             raise CimError(f"{self.folder}: has no {TRANSFORM}, which older galleries lack; rebuild the gallery")
-        return ImageTransform.read(self.folder / TRANSFORM)
+        return ImageTransform(**np.load(self.folder / TRANSFORM))
 
     def image_vectors(self, rows: np.ndarray) -> np.ndarray:
         """(*rows.shape, d) float32 image embeddings of these rows, L2-normalised."""
@@ -170,12 +163,6 @@ def hashes(texts: pa.ChunkedArray | Sequence[str]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.uint64), *(pd.util.hash_array(np.array(part, object)) for part in parts)])
 
 
-def _first_rows(column: pa.ChunkedArray) -> pd.Series:
-    """The first row of each value, by its hash: tens of bytes a row, where a dictionary of the texts takes hundreds."""
-    rows = pd.Series(np.arange(len(column)), hashes(column))
-    return rows[~rows.index.duplicated()]
-
-
 def load_gallery(
     folder: Path,
     text_encoder: TextEncoder | None = None,
@@ -198,22 +185,16 @@ def load_gallery(
             raise CimError(f"{path}: missing; rebuild the gallery")
         if fingerprint(path, whole=verify) != marks["whole" if verify else "quick"]:
             raise CimError(f"{path}: not the file that gallery.json describes; rebuild the gallery")
-    arrays = []
-    for name, file, encoder in (("text_encoder", TEXTS, text_encoder), ("image_encoder", IMAGES, image_encoder)):
+    for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
         built = info[name]
         if encoder is not None and (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
-            raise CimError(
-                f"{folder}: built with {name} '{built['spec']}' ({built['dim']}-d, {built['digest']}), not with "
-                f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
-            )
-        arrays.append(np.load(folder / file, mmap_mode="r"))
-        if (shape := arrays[-1].shape) != (info["rows"], built["dim"]):
-            raise CimError(f"{folder / file}: has shape {shape}, not that of gallery.json; rebuild the gallery")
-    index = info["index"]
-    device = text_encoder.device if text_encoder is not None else "cpu"
-    path = folder / index.get("file", "")
-    search = open_search(index["kind"], arrays[0], path, index["effort"], index["candidates"], device)
-    return Gallery(folder, info, read_rows(folder / ROWS), *arrays, search)
+            other = f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
+            own = f"'{built['spec']}' ({built['dim']}-d, {built['digest']})"
+            raise CimError(f"{folder}: built with {name} {own}, not with {other}")
+    texts, images = (np.load(folder / name, mmap_mode="r") for name in (TEXTS, IMAGES))
+    search = open_search(info["index"], texts, folder, text_encoder.device if text_encoder else "cpu")
+    table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
+    return Gallery(folder, info, table, texts, images, search)
 
 
 def read_info(folder: Path) -> dict:
@@ -233,18 +214,11 @@ def read_info(folder: Path) -> dict:
         raise CimError(f"{path}: not that of a gallery ({where}: {error.errors()[0]['msg']}); rebuild it") from None
 
 
-def read_rows(path: Path) -> pa.Table:
-    """The memory-mapped table of a gallery's rows."""
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    # Galleries of older versions have no digests.
-    return table if "digest" in table.column_names else table.append_column("digest", pa.repeat("", len(table)))
-
-
-def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
+def write_rows(path: Path, tables: Iterable[pa.Table | pa.RecordBatch]) -> None:
     """Write tables with SCHEMA's columns, one after another."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for table in tables:
-            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
+            writer.write(table.select(SCHEMA.names).cast(SCHEMA))
 
 
 def write_array(path: Path, rows: int, dim: int, arrays: Iterable[np.ndarray]) -> None:

@@ -4,8 +4,7 @@ Image embeddings of natural photos share a large mean, and few directions hold m
 embeddings therefore lie close together; removing the mean, and dividing by a power of the variances, spreads them.
 """
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -44,15 +43,6 @@ class ImageTransform:
         # Rounding leaves about 1e-7 of the largest variance where there is none.
         kept = np.flatnonzero(values > 1e-6 * max(values[-1], 1e-6))[::-1][: n - 1]
         return cls(*(np.ascontiguousarray(a, np.float32) for a in (mean, vectors[:, kept], values[kept])))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read what `write` wrote."""
-        with np.load(path) as arrays:
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
-
-    def write(self, path: Path) -> None:
-        np.savez(path, **vars(self))
 
     def apply(self, vectors: np.ndarray, center: bool, whiten: float) -> np.ndarray:
         """Transform (n, d) unit vectors and give them unit length again.

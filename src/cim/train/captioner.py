@@ -102,7 +102,7 @@ def build_captioner(settings: PhotoCaptionerSettings, captions: Iterable[str]):
     Args:
         captions: what a vocabulary is made of.
     """
-    trunk = load_image_encoder(settings.vision_tower, device=torch.device("cpu")).model
+    trunk = load_image_encoder(settings.vision_tower).model.cpu()
     cfg = trunk.pretrained_cfg
     if settings.language_model:
         language_model, tokenizer = load_language_model(settings.language_model)
