@@ -17,7 +17,7 @@ from cim.evaluation.caption_metrics import cider
 from cim.evaluation.statistics import Estimate, correlation_of_sums, kendall_within, resample_weights
 from cim.rewards import RewardSettings, rank_weights, similarity_weights
 from cim.scorer import Scorer
-from cim.world import ladders as world
+from cim.world import scoring as world
 from cim.world.scoring import stated_facts
 
 
