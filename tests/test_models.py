@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from cim.data.annotators import written_captions
 from cim.errors import CimError
 from cim.fastvlm import END, IMAGE
 from cim.gallery.store import fingerprint
+from cim.images import open_image
 from cim.runs import parse_run
 from cim.train import __main__ as command
+from cim.train import job
 from cim.train.job import image_dataset
 from cim.train.log import StepLog
 from cim.train.reward import SampleLog
@@ -119,6 +122,16 @@ def test_training_data_keeps_images_as_files(world):
     assert set(data.column_names) == {"image_id", "images"}
     assert data[0]["images"][0].size == (112, 112)
     assert image_dataset(images, {}, max_pixels=784)[:2]["images"][1][0].size == (28, 28)
+
+
+def test_an_image_is_opened_once_for_all_captions_and_passes_of_a_rollout(world, monkeypatch):
+    images, opened = world.split("train"), []
+    monkeypatch.setattr(job, "open_image", lambda path: opened.append(Path(path)) or open_image(path))
+    data = image_dataset(images, {}, max_pixels=None)
+    for rollout in ([0, 0, 1], [1, 0, 0], [2, 2], [0, 1]):  # the last: only the batch before is kept
+        expected = [[open_image(images.image_paths[i])] for i in rollout]
+        assert data[rollout]["images"] == expected
+    assert sorted(map(images.image_paths.index, opened)) == [0, 0, 1, 1, 2]
 
 
 def test_grpo_trains_logs_and_leaves_the_vision_tower_alone(trained, captioner_folder):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,10 +30,10 @@ from cim.errors import CimError
 from cim.params import group, read_params
 from cim.pipeline.compose import compose
 from cim.train import checkpoints as checkpoints_module
-from cim.train import grpo, job, launch
+from cim.train import grpo, job, launch, preflight
 from cim.train.batches import grpo_batches, sft_batches
 from cim.train.checkpoints import COMPLETE, last_checkpoint
-from cim.train.job import INPUTS, check_possible, training_images
+from cim.train.job import INPUTS, Job, check_possible, training_images
 from cim.train.preflight import GIB, Size, memory, plan
 from cim.train.reward import SampleLog
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
@@ -427,17 +428,48 @@ def test_memory_that_may_not_suffice_is_warned_of(workspace, monkeypatch):
 def test_the_plan_of_the_paper_on_its_machine_is_plausible():
     """Sizes as Qwen2.5-VL-7B has them; the estimates must lie where such runs are known to."""
     params = compose(["profile=paper"], ROOT / "conf")
-    size = Size(8_292_000_000, 8_292_000_000, 28, 3584, 152_064)
+    size = Size(8_292_000_000, 8_292_000_000, 28, 3584, 152_064, 28_672)
     job = SimpleNamespace(
         sft=None, settings=group(TrainSettings, params["train"], "train"), sharded=True, distributed="DEEPSPEED",
         compute=group(ComputeSettings, params["compute"], "compute"),
         model_settings=group(ModelSettings, params["model"], "model"),
     )  # fmt: skip
-    on_eight = memory(job, size, 8, 1800, 8, 80 * GIB)
+    on_eight = memory(job, size, 8, 830, 8, 80 * GIB)
     assert 10 < on_eight["optimizer"] / GIB < 13  # 12 bytes a weight, an eighth of them
     assert sum(v for k, v in on_eight.items() if k != "vllm") / GIB < 80
+    # 160 captions of a rollout on each GPU: what they keep and read, and the weights, which DeepSpeed gathers.
+    assert 15 + 15 < on_eight["sampling"] / GIB < 15 + 45
+    job.compute = job.compute.model_copy(update={"vllm": "server"})
+    assert "sampling" not in memory(job, size, 8, 830, 8, 80 * GIB)
     job.sharded, job.distributed, job.model_settings = False, "NO", ModelSettings(name="x", prompt="y")
-    assert sum(memory(job, size, 8, 1800, 1, 80 * GIB).values()) / GIB > 80
+    assert sum(memory(job, size, 8, 830, 1, 80 * GIB).values()) / GIB > 80
+
+
+def test_the_plan_counts_the_passes_and_the_speed_of_the_run(workspace, monkeypatch):
+    measured = []
+    monkeypatch.setattr(preflight, "device_speed", lambda dtype: measured.append(dtype) or 1e12)
+    params = read_params()
+    for bf16 in (False, True):
+        plan("cim-0", params | {"train": params["train"] | {"bf16": bf16}}, ARTIFACTS, 1)
+    assert measured == [torch.float32, torch.bfloat16]
+
+    def passes(run="cim-0", checkpointing=False, **train):
+        """The estimated time in that of one pass of all tokens."""
+        changed = {"train": params["train"] | train, "compute": {"gradient_checkpointing": checkpointing}}
+        size = preflight.model_size(Job(run, params | changed, ARTIFACTS))
+        monkeypatch.setattr(preflight, "device_speed", lambda dtype: 2 * size.total / preflight.UTILIZATION)
+        lines = "\n".join(plan(run, params | changed, ARTIFACTS, 1))
+        captions, prompt, updates = (
+            int(re.search(found, lines)[1]) for found in (r"update: (\d+)", r"up to (\d+)", r"(\d+) updates in")
+        )
+        hours, minutes, seconds = map(int, re.search(r"time: about (\d+):(\d+):(\d+) hours", lines).groups())
+        tokens = captions * updates * (prompt + params["train"]["max_completion"])
+        return round((3600 * hours + 60 * minutes + seconds) / tokens)
+
+    assert passes("sft-0") == 3
+    assert passes() == 5
+    assert passes(kl=0) == passes(lora_rank=2) == 4
+    assert passes(checkpointing=True) == passes(updates_per_rollout=2, save_every=2) == 6
 
 
 @pytest.mark.parametrize(

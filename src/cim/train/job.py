@@ -275,9 +275,13 @@ def average_head_gradient(model: torch.nn.Module) -> None:
 
 def image_dataset(images: Manifest, columns: dict[str, list], max_pixels: int | None) -> Dataset:
     """These columns and `images`, a list of one image each, opened and scaled down when a batch needs it."""
+    kept = {}  # of the batch before: in each pass over a rollout, TRL's GRPO asks for all of it, a row for each caption
 
     def opened(batch: dict) -> dict:
-        return batch | {"images": [[fit(open_image(path), max_pixels)] for (path,) in batch["images"]]}
+        nonlocal kept
+        paths = [path for (path,) in batch["images"]]
+        kept = {path: kept.get(path) or fit(open_image(path), max_pixels) for path in set(paths)}
+        return batch | {"images": [[kept[path]] for path in paths]}
 
     rows = columns | {"images": [[str(path)] for path in images.image_paths]}
     return Dataset.from_dict(rows).with_transform(opened)

@@ -21,10 +21,13 @@ from cim.train.job import Job, trainable
 GIB = 2**30
 UTILIZATION = 0.35  # the share of the speed of large matrix products that training a transformer usually reaches
 OVERHEAD = 1.2  # fragments and buffers on top of what is counted
+# Widths of the hidden state that a token takes (benchmarks/skeletons.py): in a layer that waits for the backward pass,
+# in the one that gradient checkpointing computes again, and in the one that reads a prompt before sampling.
+KEPT, REDONE, READ = 36, 48, 30
 
-
-# Of a model: parameters in all and trained, and of its language model layers, hidden width and vocabulary.
-Size = namedtuple("Size", "total trained layers hidden vocabulary")
+# Of a model: parameters in all and trained, and of its language model layers, hidden width, vocabulary, and what the
+# cache of sampling keeps of a token, in numbers.
+Size = namedtuple("Size", "total trained layers hidden vocabulary cache")
 
 
 def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) -> list[str]:
@@ -48,18 +51,21 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
         info = read_info(artifacts / "gallery")
         lines.append(f"gallery: {info['rows']:,} captioned images, index {info['index']['kind']}")
         batches = grpo_batches(train, job.compute.per_device, len(job.images), processes)
-    gpu, flops = torch.cuda.is_available(), device_speed(DTYPES[model.dtype])
+    gpu, flops = torch.cuda.is_available(), device_speed(torch.bfloat16 if train.bf16 else DTYPES[model.dtype])
     have = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     need = memory(job, size, batches.per_device, prompt, processes, have)
     total = sum(need.values()) * OVERHEAD
-    # An update reads each token three times; in GRPO, sampling and the reference model read it once each.
-    reads = batches.updates * batches.captions * (prompt + train.max_completion) * (3 if job.sft else 5)
-    seconds = 2 * size.total * reads / (processes * flops * UTILIZATION)
+    tokens = batches.updates * batches.captions * (prompt + train.max_completion)
+    # A backward pass counts as two, with LoRA as one. GRPO also samples, and reads by the reference and an old policy.
+    passes = 3 - bool(train.lora_rank) + job.compute.gradient_checkpointing
+    passes += 0 if job.sft else 1 + (train.kl > 0) + (train.updates_per_rollout > 1)
+    seconds = 2 * size.total * tokens * passes / (processes * flops * UTILIZATION)
     lines += [
         *batches.summary,
         f"memory of a device: about {total / GIB:.1f} GiB of {have / GIB:.1f} "
         f"({', '.join(f'{name} {value / GIB:.2f}' for name, value in need.items())}; a fifth is added)",
-        f"time: about {timedelta(seconds=round(seconds))} hours, from matrix products at {flops / 1e12:.2f} TFLOP/s",
+        f"time: about {timedelta(seconds=round(seconds))} hours, from matrix products at {flops / 1e12:.2f} TFLOP/s; "
+        "sampling counts as one pass",
     ]
     if total > have:
         lines.append(
@@ -80,7 +86,10 @@ def model_size(job: Job) -> Size:
         with torch.device("meta"):
             bones = get_peft_model(bones, adapter)
     trained = sum(p.numel() for p in bones.parameters() if p.requires_grad)
-    return Size(total, trained, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head
+    return Size(total, trained, config.num_hidden_layers, config.hidden_size, config.vocab_size, cache)
 
 
 def memory(job: Job, size: Size, per_device: int, prompt: int, processes: int, have: int) -> dict[str, float]:
@@ -93,16 +102,26 @@ def memory(job: Job, size: Size, per_device: int, prompt: int, processes: int, h
     shards = processes if job.sharded else 1
     # Two moments in float32, and DeepSpeed's copy of 16-bit weights.
     state = (2 if "8bit" in train.optimizer else 8) + (4 if job.distributed == "DEEPSPEED" and each == 2 else 0)
-    kept = 2 if compute.gradient_checkpointing else 34  # activations of a layer, in widths of the hidden state
     computed = 2 if train.bf16 or dtype != "float32" else 4
     tokens = per_device * (prompt + train.max_completion)
+    # With checkpointing, what lies between layers is kept, in the weights' type.
+    widths = size.layers * each / computed + REDONE if compute.gradient_checkpointing else size.layers * KEPT
+    # TRL computes logits in tiles; the output layer's gradient is float32 first.
+    logits = min(per_device * train.max_completion, 4096) * 32_768 * computed
+    logits += 0 if train.lora_rank else size.hidden * size.vocabulary * 4
+    use = {"activations": tokens * size.hidden * widths * computed, "logits": logits}
+    if not job.sft and compute.vllm == "off":  # all captions of a rollout at once; DeepSpeed gathers the weights for it
+        captions = train.images_per_step * train.updates_per_rollout * train.group_size / processes
+        numbers = captions * ((prompt + train.max_completion) * size.cache + prompt * size.hidden * READ)
+        sampling = numbers * computed + (job.distributed == "DEEPSPEED") * size.total * each
+        use = max(use, {"sampling": sampling}, key=lambda use: sum(use.values()))  # they take turns
+    # Autocast keeps a copy of what it trains; FSDP and DeepSpeed convert weights layer by layer.
+    cast = size.trained * computed if computed < each and not job.sharded else 0
     return {
-        "weights": copies * size.total * each / shards,
+        "weights": copies * size.total * each / shards + cast,
         "gradients": size.trained * each / shards,
         "optimizer": size.trained * state / shards,
-        "activations": tokens * size.hidden * size.layers * kept * computed,
-        # Logits of the completion in float32, and their gradient.
-        "logits": 2.0 * per_device * train.max_completion * size.vocabulary * 4,
+        **use,
         "vllm": compute.vllm_memory * have if compute.vllm == "colocate" else 0.0,
     }
 
