@@ -50,7 +50,7 @@ def train(params: dict, steps: int) -> tuple[dict[str, float], dict[str, float]]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     job = Job("cim-0", params, Path("artifacts")).load()
-    trainer = make_trainer(job, job_scorer(job, job.artifacts), Path("checkpoints"))
+    trainer = make_trainer(job, job_scorer(job), Path("checkpoints"))
     sampling, reward, reference, forward, backward = watches = [Watch() for _ in range(5)]
     peaks = []
 

@@ -19,9 +19,10 @@ from sentence_transformers.models import Pooling, Transformer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from cim.data.manifest import with_digests, write_manifest
+from cim.data.manifest import write_manifest
 from cim.fastvlm import word_tokenizer
 from cim.files import write_json
+from cim.images import content_digest
 from cim.processes import default_device
 
 # Width, layers, heads, key-value heads, width of the MLP, vocabulary, and whether input and output share embeddings.
@@ -121,7 +122,8 @@ def write_data(work: Path, photos: int, rng: np.random.Generator) -> None:
     for name in names:
         (dataset / name).write_bytes(picture(rng, 1024, 768))
     rows = {"image_id": names, "image": names, "caption": [say() for _ in names], "split": "train", "template": -1}
-    write_manifest(with_digests(pd.DataFrame(rows), dataset), dataset / "manifest.parquet")
+    rows["digest"] = [content_digest((dataset / name).read_bytes()) for name in names]
+    write_manifest(pd.DataFrame(rows), dataset / "manifest.parquet")
     for name, count in (("few", photos // 8), ("all", photos)):
         lines = [{"image": str(dataset / names[i % 128]), "caption": say()} for i in range(count)]
         (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
