@@ -18,6 +18,7 @@ from cim.gallery.search import (
     rank_exactly,
     recall_at_k,
 )
+from cim.processes import computes_in_bfloat16
 
 KINDS = (
     "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "PCAR16,IVF16,PQ8", "IVF16,PQ8x4fs,RFlat",
@@ -182,3 +183,11 @@ def test_a_damaged_or_foreign_index_is_refused(rng, tmp_path, kind):
     path.unlink()
     with pytest.raises(CimError, match="unreadable FAISS index"):
         open_search(info, vectors, tmp_path)
+
+
+@pytest.mark.parametrize("instructions", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_bfloat16_is_used_where_the_processor_computes_in_it(monkeypatch, instructions):
+    """oneDNN emulates it on other processors, two to four times slower than float32."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instructions)
+    assert computes_in_bfloat16(torch.device("cpu")) == (instructions is not None)
