@@ -8,7 +8,7 @@
 Parameters are those of profile single-gpu, whose captioner and encoders are replaced by random weights of the published
 architectures (Qwen2.5-VL, ViT-H-14, all-mpnet-base-v2), written to the folder once: nothing is downloaded. Such a
 captioner hardly ever ends a caption, so each has train.max_completion tokens. Pictures are grain of a photo's size.
-This has run with --size tiny on a CPU only.
+docs/scale.md has what one H100 gave.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="a folder for models and data; what is there is used again")
     parser.add_argument("--size", choices=SIZES, default="3B")
     parser.add_argument("--steps", type=int, default=5, help="of GRPO, measured after one that warms up")
-    parser.add_argument("--photos", type=int, default=4096, help="rows of the gallery, and captions scored")
+    parser.add_argument("--photos", type=int, default=4096, help="gallery rows; captions scored: 16 times as many")
     add_overrides(parser)
     options = parser.parse_args()
     work, photos, few = options.work.resolve(), options.photos, options.photos // 8
@@ -112,8 +112,8 @@ def main() -> None:
         scored = ["--gallery", "all-gallery", "--out", "scores.jsonl"]
         build = [["gallery", "build", f"{name}-gallery", f"{name}.tar", *encoders] for name in ("few", "all")]
         score = [["score", f"{name}.jsonl", *scored] for name in ("few", "all")]
-        for name, commands in (("gallery", build), ("score", score)):
-            result[name] = rate(*commands, photos - few)
+        for name, commands, more in (("gallery", build, photos - few), ("score", score, 15 * photos)):
+            result[name] = rate(*commands, more)
             print(f"{name}: {result[name]['a_second']:.1f} rows a second", flush=True)
         if not Path("artifacts", "gallery").exists():
             Path("artifacts", "gallery").symlink_to(work / "all-gallery")

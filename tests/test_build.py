@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cim.cli import __main__ as cli
 from cim.errors import CimError
@@ -66,7 +67,7 @@ def read(shards):
 
 def same_gallery(a, b):
     return (
-        np.array_equal(a.texts, b.texts)
+        np.allclose(a.texts, b.texts, atol=2e-3 if torch.cuda.is_available() else 0)  # a GPU's depend on the batch
         and np.allclose(a.images, b.images, atol=2e-3)
         and a.rows["image_id"].tolist() == b.rows["image_id"].tolist()
     )
@@ -231,12 +232,12 @@ def test_an_index_is_replaced_at_once_or_not_at_all(rows, encoders, tmp_path, mo
         patch.setattr(build, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder, *encoders).index.kind == "IVF4,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
     with pytest.raises(CimError, match="FAISS cannot build 'IVF64,SQ8' from 40 rows"):
         rebuild_index(folder, "IVF64,SQ8", 0.99)
-    assert load_gallery(folder, *encoders).index.kind == "IVF4,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
     rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder, *encoders).index.kind == "HNSW8,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "HNSW8,SQ8"
 
 
 def test_an_index_that_faiss_refuses_stops_a_build_before_anything_is_embedded(rows, encoders, tmp_path):
@@ -488,6 +489,7 @@ def test_a_build_never_writes_over_something_else(rows, tmp_path, capsys, monkey
         build_gallery([], SETTINGS, None, None, photos)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     build_gallery(shards_of([source], 8), SETTINGS, *encoders, tmp_path / "one")

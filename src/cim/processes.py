@@ -15,7 +15,7 @@ def default_device() -> torch.device:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16: emulated, as oneDNN does it on other processors, it is slower than float32."""
+    """Whether the hardware computes in bfloat16; where oneDNN emulates it, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
