@@ -110,7 +110,7 @@ def test_a_stage_killed_twice_ends_as_if_unbroken(studied, server, stage, moment
 
 
 def test_a_killed_stage_leaves_no_process(workspace):
-    """Neither its kernel nor accelerate nor the training: the same command, run again, would train beside them."""
+    """Neither its kernel nor the training: the same command, run again, would train beside them."""
     for name in ("notebooks", "conf"):
         (workspace / name).symlink_to(ROOT / name)
     change(train={"steps": 1000})
@@ -119,7 +119,7 @@ def test_a_killed_stage_leaves_no_process(workspace):
         assert any("step 1/1000" in line for line in started.stdout)
         children = psutil.Process(started.pid).children(recursive=True)
         started.kill()
-    assert len(children) >= 3
+    assert len(children) >= 2  # kernel and training
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
