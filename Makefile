@@ -23,7 +23,7 @@ export DO_NOT_TRACK = 1
 export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
-# Each of many processes would compile PyTorch's and transformers' modules again: 13 s where imports take 5.
+# Else each of many processes would compile PyTorch's and transformers' modules again.
 unexport PYTHONDONTWRITEBYTECODE
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2

@@ -232,12 +232,12 @@ def test_an_index_is_replaced_at_once_or_not_at_all(rows, encoders, tmp_path, mo
         patch.setattr(build, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
+    assert load_gallery(folder).index.kind == "IVF4,SQ8"
     with pytest.raises(CimError, match="FAISS cannot build 'IVF64,SQ8' from 40 rows"):
         rebuild_index(folder, "IVF64,SQ8", 0.99)
-    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
+    assert load_gallery(folder).index.kind == "IVF4,SQ8"
     rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder).info["index"]["kind"] == "HNSW8,SQ8"
+    assert load_gallery(folder).index.kind == "HNSW8,SQ8"
 
 
 def test_an_index_that_faiss_refuses_stops_a_build_before_anything_is_embedded(rows, encoders, tmp_path):
@@ -292,6 +292,13 @@ def test_a_gallery_whose_parts_were_swapped_is_refused(rows, encoders, tmp_path)
         shutil.copy(tmp_path / "b" / name, copy / name)
         with pytest.raises(CimError, match=f"{name}: not the file"):
             load_gallery(copy)
+    # Nor does a consistent gallery.json make an array of another shape right.
+    info = json.loads((tmp_path / "a" / "gallery.json").read_text())
+    np.save(tmp_path / "a" / "texts.npy", np.zeros((20, 7), np.float16))
+    info["files"]["texts.npy"]["quick"] = fingerprint(tmp_path / "a" / "texts.npy")
+    (tmp_path / "a" / "gallery.json").write_text(json.dumps(info))
+    with pytest.raises(CimError, match="has shape"):
+        load_gallery(tmp_path / "a")
 
 
 def test_a_large_file_is_told_apart_by_samples(tmp_path):

@@ -127,7 +127,7 @@ def test_a_caption_does_not_retrieve_its_own_image(world, gallery, encoders):
         rows = pd.DataFrame({"image": map(str, train.image_paths), "caption": train.captions, "grade": grades})
         tau.append(agreement_with_people(Judgements(rows, ""), scorer, resamples=2)["scores"]["qir"]["tau-b"]["value"])
     assert tau[0] == pytest.approx(1)
-    assert tau[1] < 0.95
+    assert tau[1] < 0.9
 
 
 def test_composite(pictures, scorer):

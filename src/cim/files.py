@@ -31,15 +31,20 @@ def write_text(path: Path | str, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, all or nothing; NaN and infinity, which JSON does not have, become null."""
-    plain = json.loads(json.dumps(value, default=float), parse_constant=lambda name: None)
+def write_json(path: Path | str, value: Any, indent: int | None = 1, digits: int | None = None) -> None:
+    """Write a JSON file, all or nothing; NaN and infinity, which JSON does not have, become null.
+
+    Args:
+        digits: how many decimals numbers are rounded to; None for all.
+    """
+    number = float if digits is None else lambda text: round(float(text), digits)
+    plain = json.loads(json.dumps(value, default=float), parse_float=number, parse_constant=lambda name: None)
     write_text(path, json.dumps(plain, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_metrics(path: Path | str, metrics: dict) -> None:
     """Write a metrics file, rounded to five digits so that diffs are readable."""
-    write_json(path, json.loads(json.dumps(metrics, default=float), parse_float=lambda digits: round(float(digits), 5)))
+    write_json(path, metrics, digits=5)
 
 
 def read_text(path: Path | str) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -200,7 +201,11 @@ class _Build:
         records = [r for i, r in enumerate(records) if i not in unreadable]
         # Relative to the gallery, so that they are valid in any current folder, and the same on any machine.
         root = os.path.realpath(self.folder)
-        rows = ((r.image_id, os.path.relpath(r.image, root), r.caption, r.digest()) for r in records)
+        with ThreadPoolExecutor(4) as pool:  # files are read again, perhaps from a network
+            digests = list(pool.map(Record.digest, records))
+        rows = (
+            (r.image_id, os.path.relpath(r.image, root), r.caption, d) for r, d in zip(records, digests, strict=True)
+        )
         rows = [dict(zip(store.SCHEMA.names, row, strict=True)) for row in rows]
         return rows, np.delete(images, list(unreadable), axis=0)
 

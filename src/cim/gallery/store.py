@@ -191,7 +191,12 @@ def load_gallery(
             other = f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
             own = f"'{built['spec']}' ({built['dim']}-d, {built['digest']})"
             raise CimError(f"{folder}: built with {name} {own}, not with {other}")
-    texts, images = (np.load(folder / name, mmap_mode="r") for name in (TEXTS, IMAGES))
+    arrays = []
+    for file, name in ((TEXTS, "text_encoder"), (IMAGES, "image_encoder")):
+        arrays.append(np.load(folder / file, mmap_mode="r"))
+        if (shape := arrays[-1].shape) != (info["rows"], info[name]["dim"]):
+            raise CimError(f"{folder / file}: has shape {shape}, not that of gallery.json; rebuild the gallery")
+    texts, images = arrays
     search = open_search(info["index"], texts, folder, text_encoder.device if text_encoder else "cpu")
     table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
     return Gallery(folder, info, table, texts, images, search)

@@ -122,7 +122,10 @@ def _numbers(values: Any) -> np.ndarray:
 
 def correlation_findings(correlation: Mapping) -> str:
     """What stage correlation found, in three to six sentences."""
-    return _sentences("correlation.md", **correlation, rows=verdicts(correlation).to_dict("records"), tau=tau)
+    rows = verdicts(correlation).to_dict("records")
+    held = _by_verdict([row for row in rows if row["claimed"]])
+    other = [row for row in rows if not row["claimed"] and row["score"] == "grc"]
+    return _sentences("correlation.md", **correlation, **held, other=other, tau=tau)
 
 
 def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
@@ -191,7 +194,11 @@ def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
     method, strict = trained_method(capture["methods"]), in_mode(capture, "strict")
     changes = {name: _change(strict, method, name) for name in ("capture", "words")}
-    return _sentences("claims.md", rows=rows, label=label(method), **changes)
+    return _sentences("claims.md", count=len(rows), **_by_verdict(rows), label=label(method), **changes)
+
+
+def _by_verdict(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    return {name: [row for row in rows if row["verdict"] == name] for name in ("yes", "no", UNDECIDED)}
 
 
 def comparison_table(path: Path) -> pd.DataFrame:

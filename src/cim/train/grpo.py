@@ -1,6 +1,6 @@
 """GRPO with a retrieval reward."""
 
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from cim import code
 from cim.captioners.models import prompt_inputs
 from cim.data.manifest import Manifest
 from cim.errors import CimError
+from cim.gallery.store import read_info
 from cim.images import open_image
 from cim.params import EncoderSettings, group
 from cim.processes import processes
@@ -28,15 +29,18 @@ def train(run: str, params: dict, artifacts: Path) -> None:
     Weights that were made from the same inputs are kept.
     """
     job = Job(run, params, artifacts).load()
-    scorer = job_scorer(job)
+    encoders = group(EncoderSettings, job.params.get("encoders"), "encoders")
+    info, scorer = read_info(artifacts / "gallery"), cache(partial(job_scorer, job))
+    # Weights that are kept need no scorer, but for the digest of a text tower.
+    towers = [scorer().image.text_digest] if encoders.text_tower else []
     job.train(
-        lambda folder: make_trainer(job, scorer, folder),
+        lambda folder: make_trainer(job, scorer(), folder),
         train=job.settings.model_dump(),
         code=code.digest("cim.train.grpo"),
-        reward=scorer.settings.model_dump(),
-        precision=[scorer.text.precision, scorer.image.precision],
-        towers=list(filter(None, (scorer.image.digest, scorer.image.text_digest))),
-        gallery={name: marks["whole"] for name, marks in scorer.gallery.info["files"].items()},
+        reward=group(RewardSettings, job.params.get("reward"), "reward").model_dump(),
+        precision=[encoders.text_precision, encoders.image_precision],
+        towers=[info["image_encoder"]["digest"], *towers],
+        gallery={name: marks["whole"] for name, marks in info["files"].items()},
     )
 
 
