@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cim.captioners.generate import repetition
+from cim.captioners.text import repetition
 from cim.errors import CimError
 from cim.gallery.store import TRANSFORM, load_gallery
 from cim.gallery.transform import ImageTransform

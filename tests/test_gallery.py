@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cim import rewards
-from cim.captioners.generate import diversity
+from cim.captioners.text import diversity
 from cim.data.manifest import Manifest
 from cim.encoders import load_encoders, load_image_encoder, load_text_encoder
 from cim.errors import CimError

@@ -1,8 +1,4 @@
-"""Captions by any image-text-to-text model, greedy or sampled, and how diverse captions are."""
-
-import re
-from collections.abc import Sequence
-from itertools import pairwise
+"""Captions by any image-text-to-text model, greedy or sampled."""
 
 import numpy as np
 import pandas as pd
@@ -62,28 +58,3 @@ def _generated(model, processor, manifest: Manifest, settings: ModelSettings, ba
         out = model.generate(**inputs, **options)
         answers = getattr(out, "sequences", out)[:, inputs["input_ids"].shape[1] :]
         yield part, out, answers, [c.strip() for c in processor.batch_decode(answers, skip_special_tokens=True)]
-
-
-def diversity(captions: Sequence[str]) -> dict[str, float]:
-    """Statistics that reveal a collapse: share of distinct captions, share of the most common one, mean words."""
-    counts = pd.Series(list(captions)).value_counts()
-    return {
-        "distinct": len(counts) / len(captions),
-        "most_common": float(counts.iloc[0]) / len(captions),
-        "words": float(np.mean([len(c.split()) for c in captions])),
-    }
-
-
-def words(caption: str) -> list[str]:
-    """The words of a caption.
-
-    >>> words("A man's T-shirt , red .")
-    ['a', "man's", 't-shirt', 'red']
-    """
-    return re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", caption.lower())
-
-
-def repetition(captions: Sequence[str]) -> np.ndarray:
-    """(n,) share of each caption's pairs of successive words that occurred in it before; 0 where there is no pair."""
-    pairs = [list(pairwise(words(caption))) for caption in captions]
-    return np.array([1 - len(set(own)) / len(own) if own else 0.0 for own in pairs])

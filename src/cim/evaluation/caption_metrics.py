@@ -1,6 +1,6 @@
 """Captions against several human captions of each image: CIDEr-D, nouns, identification, length and repetition.
 
-Words are those of cim.captioners.generate.words. `references` are the human captions of each image, at least one.
+Words are those of cim.captioners.text.words. `references` are the human captions of each image, at least one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.sparse import csr_array, diags_array
 from scipy.sparse.linalg import norm
 
-from cim.captioners.generate import repetition, words
+from cim.captioners.text import repetition, words
 from cim.evaluation.capture.parsers import PatternParser
 from cim.evaluation.capture.synonyms import WordNet
 from cim.evaluation.statistics import ratio

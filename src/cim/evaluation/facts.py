@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cim.captioners.generate import diversity
+from cim.captioners.text import diversity
 from cim.data.flickr8k import human_captions
 from cim.data.labels import Labels
 from cim.data.manifest import Manifest

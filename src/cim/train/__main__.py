@@ -23,6 +23,7 @@ from cim.errors import CimError, one_line_errors
 from cim.params import read_params
 from cim.runs import SFT_METHODS, parse_run, with_variant
 from cim.train import grpo, sft
+from cim.train.preflight import plan
 
 
 def main() -> None:
@@ -33,11 +34,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.attached:
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    artifacts = Path("artifacts")
     with one_line_errors():
         params = read_params(arguments.params)
         trainer = sft if with_variant(params, parse_run(arguments.run)[0])[1] in SFT_METHODS else grpo
+        if os.environ.get("RANK", "0") == "0":
+            print(*plan(arguments.run, params, artifacts, int(os.environ.get("WORLD_SIZE", 1))), sep="\n", flush=True)
         try:
-            trainer.train(arguments.run, params, Path("artifacts"))
+            trainer.train(arguments.run, params, artifacts)
         except torch.OutOfMemoryError as error:
             raise CimError(
                 f"the GPU ran out of memory ({' '.join(str(error).split())[:120]}); lower compute.per_device or "

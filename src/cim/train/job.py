@@ -97,7 +97,6 @@ class Job:
             config: makes the trainer's configuration, with the method's own arguments bound.
             parts: the trainer's own arguments.
         """
-        print(*batches.summary, sep="\n", flush=True)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.artifacts / "logs" / self.run)  # there is no argument for it
         s, c, gpu, held_out = self.settings, self.compute, torch.cuda.is_available(), len(self.validation) > 0
         shared = {

@@ -15,7 +15,8 @@ from cim.files import explained
 from cim.params import group
 from cim.train.settings import ComputeSettings
 
-SHOWN = ("step", "WARNING", "note", "resuming", "error", "kept", "a rollout", "an update")
+PLAN = ("model:", "data:", "gallery:", "a rollout", "an update", "memory", "time:")
+SHOWN = (*PLAN, "step", "WARNING", "note", "resuming", "error", "kept")
 
 
 def train(run: str, params: dict) -> Iterator[str]:

@@ -2,16 +2,8 @@
 
 from transformers import TrainerCallback
 
-# Columns of Trainer's log, what they are called in print and in results, and how a line shows them.
-COLUMNS = {
-    "reward": ("reward", ".3f"),
-    "score/grc": ("grc", ".3f"),
-    "score/qir": ("qir", ".3f"),
-    "kl": ("kl", ".4f"),
-    "variety/words": ("words", ".1f"),
-    "variety/distinct": ("distinct", ".2f"),
-    "loss": ("loss", ".3f"),
-}
+from cim.train.summary import COLUMNS
+
 VALIDATION = {"eval_reward": ("validation reward", ".3f"), "eval_loss": ("validation loss", ".3f")}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cim.captioners.generate import diversity, repetition
+from cim.captioners.text import diversity, repetition
 from cim.errors import CimError
 from cim.files import write_text
 from cim.runs import REWARDS
