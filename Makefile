@@ -33,15 +33,14 @@ WORKERS ?= 2
 SETUP := $(VENV)/.installed
 TESTS := OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Unpacking takes most of the time, so two processes share it: PyTorch with CUDA, and all else. The lock is complete, so
+# Unpacking takes most of the time, so two processes share it, each with every second package; the lock is complete, so
 # nothing needs resolving. Modules are compiled when they are first imported; compiling all of them would double the time.
-LARGE := ^(cuda|nvidia|torch|triton)
 INSTALL := $(BIN)/python -m pip install --no-deps --no-warn-conflicts --no-compile --quiet --disable-pip-version-check
 $(SETUP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	grep -E '$(LARGE)' requirements.lock > $(VENV)/large.txt
-	grep -vE '$(LARGE)' requirements.lock > $(VENV)/others.txt
-	$(INSTALL) -r $(VENV)/large.txt & large=$$!; $(INSTALL) -r $(VENV)/others.txt && wait $$large
+	awk 'NR % 2' requirements.lock > $(VENV)/odd.txt
+	awk 'NR % 2 == 0' requirements.lock > $(VENV)/even.txt
+	$(INSTALL) -r $(VENV)/odd.txt & odd=$$!; $(INSTALL) -r $(VENV)/even.txt; even=$$?; wait $$odd && exit $$even
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
