@@ -1,4 +1,4 @@
-# make repro       set up and reproduce the whole pipeline (about 10 minutes on two CPU cores)
+# make repro       set up and reproduce the whole pipeline (10 to 30 minutes on two CPU cores)
 # make test        set up and run all tests; make test-fast leaves out what trains or runs the pipeline
 # make lab         set up and open JupyterLab on the notebooks
 # make site        the executed notebooks as web pages in site/
