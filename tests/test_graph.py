@@ -42,7 +42,7 @@ for name, stage in stages.items():
             path = out if isinstance(out, str) else next(iter(out))
             path = Path(path.replace("cim_on_sft-${{item}}", run).replace("${{item}}", run))
             (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-            (path if path.suffix else path / "file").write_text(made.hexdigest())
+            (path if path.suffix else path / "manifest.parquet").write_text(made.hexdigest())
 """
 
 

@@ -7,6 +7,7 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -99,7 +100,7 @@ def test_every_figure_is_drawn(smoke):
     for path in (smoke / "results").rglob("*.png"):
         with Image.open(path) as image:
             # Axes, marks and text: a blank figure has one colour.
-            assert len(image.convert("RGB").reduce(4).getcolors(2**24)) > 20, path
+            assert len(np.unique(np.asarray(image.convert("RGB").reduce(4)).reshape(-1, 3), axis=0)) > 20, path
 
 
 def test_the_results_page_and_the_site_show_what_was_made(smoke):
