@@ -1,5 +1,5 @@
 # make repro       set up and reproduce the whole pipeline (10 to 30 minutes on two CPU cores)
-# make test        set up and run all tests; make test-fast leaves out what trains or runs the pipeline
+# make test        set up and run all tests; make test-fast leaves out what trains, runs stages or starts processes
 # make lab         set up and open JupyterLab on the notebooks
 # make site        the executed notebooks as web pages in site/
 # make photos DATA=folder   Flickr8k: the reward against people's judgements (a quarter of an hour)

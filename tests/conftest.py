@@ -17,12 +17,8 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 PROMPT = "describe the image."
 
 
-TRAINING = {
-    "captioner_folder",
-    "standin",
-    "trained",
-    "workspace",
-}  # fixtures of tests that train, or run what was trained
+# Fixtures of tests that train, run what was trained, or run stages.
+SLOW = {"captioner_folder", "prepared", "repository", "standin", "trained", "workspace"}
 
 
 # The longest first, so that no worker starts a long file when the other has nothing left to do.
@@ -30,9 +26,9 @@ LONGEST = ("test_pipeline", "test_training", "test_build", "test_published", "te
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what trains, and put the longest files first."""
+    """Mark what is slow, and put the longest files first."""
     for item in items:
-        if TRAINING & set(item.fixturenames):
+        if SLOW & set(item.fixturenames):
             item.add_marker("slow")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

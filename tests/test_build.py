@@ -321,6 +321,7 @@ def command(encoder_folder, source, folder, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes(rows, encoder_folder, tmp_path):
     source = write_jsonl(
         tmp_path / "rows.jsonl", pd.concat([rows.assign(image_id=rows["image_id"] + f"-{i}") for i in range(12)])
@@ -389,6 +390,7 @@ def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_p
     assert build_gallery(more, SETTINGS, *encoders, folder, add=True)["rows"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add", [False, True])
 def test_a_kill_at_any_step_of_publishing_blocks_nothing(rows, encoders, tmp_path, monkeypatch, add):
     """Every rename and removal of the last step is interrupted once, before and after it, and the call repeated."""
@@ -496,6 +498,7 @@ def test_a_build_never_writes_over_something_else(rows, tmp_path, capsys, monkey
         build_gallery([], SETTINGS, None, None, photos)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", rows)

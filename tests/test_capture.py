@@ -62,6 +62,7 @@ def test_paper_mode_equals_the_public_results(vectors, wordnet, encode):
                 assert values[f"sc_{field}"] == pytest.approx(expected, abs=1e-4), (vector["image"], field)
 
 
+@pytest.mark.slow
 def test_the_hash_seed_changes_nothing(vectors, wordnet, tmp_path):
     (tmp_path / "vectors.json").write_text(json.dumps(vectors[:6]))
     code = f"""
@@ -429,6 +430,7 @@ def test_parsers_without_a_model_use_no_cache(tmp_path):
         load_parser("pattern", None)
 
 
+@pytest.mark.slow
 def test_references_score_1_against_themselves_and_less_with_every_sentence_dropped(reference, wordnet, encode, rng):
     labels = load_labels(reference / "cocoln500")
     parser = PatternParser(wordnet)

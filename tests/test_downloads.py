@@ -270,6 +270,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("offline", "models"),
     [

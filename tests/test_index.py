@@ -21,7 +21,7 @@ from cim.gallery.search import (
 from cim.processes import computes_in_bfloat16
 
 KINDS = (
-    "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "PCAR16,IVF16,PQ8", "IVF16,PQ8x4fs,RFlat",
+    "IVF256,SQ8", "IVF256,SQ4", "HNSW32,SQ8", "SQ8", "IVF16,Flat", "PCAR16,IVF16,PQ8np", "IVF16,PQ8x4fs,RFlat",
     "IVF64_HNSW8,SQ8", "PCA24,Flat",
 )  # fmt: skip
 

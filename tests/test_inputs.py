@@ -257,6 +257,7 @@ def test_overrides_that_do_not_compose(override):
         compose([override], ROOT / "conf")
 
 
+@pytest.mark.slow
 def test_the_command_line_fails_in_one_line(tmp_path):
     assert "params.yaml: not found" in only_error(cim("run", "dataset", cwd=tmp_path))
     params = (ROOT / "params.yaml").read_text()
@@ -267,6 +268,7 @@ def test_the_command_line_fails_in_one_line(tmp_path):
     assert "conf" in only_error(cim("params", "-S", "profile=smoke", cwd=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_stage_fails_in_one_line_and_keeps_its_report(tmp_path):
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())

@@ -351,6 +351,7 @@ def run_cells(stage, parameters, report):
     shutil.copy(notebook, Path("reports", f"{report}.ipynb"))
 
 
+@pytest.mark.slow
 def test_the_papers_profile_through_all_stages(published, encoder_folder, tmp_path, monkeypatch):
     """Every stage and notebook of the paper's profile, on one class, in the order and by the commands of DVC's graph.
 
