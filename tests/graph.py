@@ -28,8 +28,9 @@ def closure(stage: str) -> set[Path]:
     modules = {*code.imported(source), "cim.pipeline.notebooks"}
     files = {notebook}
     if stage in TRAINERS:
-        modules.add(TRAINERS[stage])
-        files.add(SOURCE / "train" / "__main__.py")  # it starts either trainer: only the one that runs counts
+        main = SOURCE / "train" / "__main__.py"  # it starts either trainer: only the one that runs counts
+        modules |= code.imports(main) - set(TRAINERS.values()) | {TRAINERS[stage]}
+        files.add(main)
     return files | set(code.closure(*modules).values())
 
 

@@ -56,6 +56,14 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_no_other(stage):
     assert named == graph.cover(graph.closure(stage)), "python tests/graph.py writes what dvc.yaml should name"
 
 
+@pytest.mark.parametrize("stage", graph.TRAINERS)
+def test_a_training_stage_depends_on_all_that_its_process_imports(stage):
+    """Besides the other trainer and what that alone imports."""
+    other = set(graph.TRAINERS.values()) - {graph.TRAINERS[stage]}
+    process = set(graph.code.closure("cim.train.__main__").values()) - set(graph.code.closure(*other).values())
+    assert process <= graph.closure(stage)
+
+
 def test_the_documentation_lists_what_a_change_reruns():
     assert graph.reruns() in (ROOT / "docs" / "code.md").read_text(), "python tests/graph.py writes the table"
 

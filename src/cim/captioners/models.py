@@ -3,8 +3,6 @@
 Nothing depends on a model's name: its processor, its chat template and these settings describe it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from cim.captioners.loading import loading
 from cim.captioners.settings import ModelSettings
 from cim.errors import CimError
 from cim.images import open_image
@@ -61,39 +60,6 @@ def skeleton(settings: ModelSettings) -> nn.Module:
     with loading(f"model '{settings.name}'"), torch.device("meta"):
         config = AutoConfig.from_pretrained(settings.name, **settings.source)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=settings.trust_remote_code)
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Say in one CimError why a model cannot be loaded."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise CimError(f"{model} could not be loaded: {_why_not_loaded(error)}") from None
-
-
-def _why_not_loaded(error: BaseException) -> str:
-    """What is wrong and how to fix it, from the hub's errors behind those of transformers."""
-    from huggingface_hub import errors as hub
-
-    causes, cause = [], error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    reasons = {
-        hub.GatedRepoError: "it is gated; accept its terms on its hub page, then log in with 'hf auth login'",
-        hub.RevisionNotFoundError: "the hub has no such revision of it; fix model.revision",
-        hub.RepositoryNotFoundError: "the hub has no such model, or it is private; fix model.name or log in",
-        hub.LocalEntryNotFoundError: "no such folder, not in the hub's cache, and the hub cannot be reached",
-        hub.OfflineModeIsEnabled: "no such folder, not in the hub's cache, and HF_HUB_OFFLINE forbids downloads",
-    }
-    for kind, reason in reasons.items():
-        if any(isinstance(cause, kind) for cause in causes):
-            return reason
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return "it needs code from the hub; read that code, then set model.trust_remote_code=true"
-    return text[:200]
 
 
 def hold_batch_norm(model: nn.Module) -> None:

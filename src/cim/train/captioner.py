@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from cim import code, fastvlm
-from cim.captioners.models import VISION, loading
+from cim.captioners.loading import loading
+from cim.captioners.models import VISION
 from cim.captioners.settings import PhotoCaptionerSettings
 from cim.encoders import load_image_encoder, weights_digest
 from cim.errors import CimError

@@ -13,6 +13,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from cim import code
+from cim.captioners.loading import loading
 from cim.data.labels import sentences_of
 from cim.encoders import weights_digest
 from cim.errors import CimError
@@ -47,8 +48,6 @@ class FactualParser:
 
     def __init__(self, wordnet: WordNet, checkpoint: str = FACTUAL, device: str = "cpu", batch: int = 64):
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-        from cim.captioners.models import loading
 
         with loading(f"parser factual: '{checkpoint}'"):
             self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -9,6 +9,7 @@ import requests
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
+from cim.captioners.loading import loading
 from cim.errors import CimError
 from cim.processes import default_device
 
@@ -56,8 +57,6 @@ class TransformersReader:
 
     def __init__(self, model: str, batch: int = 32):
         from transformers import pipeline
-
-        from cim.captioners.models import loading
 
         with loading(f"reader '{model}'"):
             self._generate = pipeline("text-generation", model, dtype="auto", device=default_device())
