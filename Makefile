@@ -25,6 +25,9 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 # Else each of many processes would compile PyTorch's and transformers' modules again.
 unexport PYTHONDONTWRITEBYTECODE
+# glibc would give the memory of every tensor back to the system and fetch it again for the next one.
+export MALLOC_MMAP_THRESHOLD_ = 8589934592
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
 # Two test processes of one thread each are faster than one of two.
 WORKERS ?= 2
 

@@ -1,7 +1,11 @@
 """The processes and devices of a run, however it was started: alone, by accelerate or by torchrun."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from accelerate import PartialState
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def processes() -> PartialState:
@@ -24,3 +28,13 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 def bfloat16_if_fast(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 where the hardware computes in it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computes_in_bfloat16(device))
+
+
+@contextmanager
+def trained_in_bfloat16_if_fast(device: torch.device) -> Iterator[None]:
+    """The same for a forward that has a backward, with plain attention.
+
+    On a CPU the backward of PyTorch's flash attention in bfloat16 would take half of a training step.
+    """
+    with bfloat16_if_fast(device), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 
 from cim import fastvlm
 from cim.errors import CimError
-from cim.processes import default_device
+from cim.processes import default_device, trained_in_bfloat16_if_fast
 from cim.world.encoder import PREPROCESS, frozen_features, load_pixels, minimize
 from cim.world.language import FACT_OF, FULL, describe
 from cim.world.scenes import Scene
@@ -60,7 +60,8 @@ def train_captioner(
         rows, full_share = batch
         captions = [describe(scenes[i], rng, FULL if rng.random() < full_share else settings.lazy) for i in rows]
         inputs = fastvlm.caption_batch(processor.tokenizer, tokens, captions)
-        return model(pixel_values=features[rows], **{k: v.to(device) for k, v in inputs.items()}).loss
+        with trained_in_bfloat16_if_fast(device):
+            return model(pixel_values=features[rows], **{k: v.to(device) for k, v in inputs.items()}).loss
 
     curve = []
     # Some lazy captions among the facts, so that the style phase has no sentence form that was never seen.
@@ -68,7 +69,7 @@ def train_captioner(
         ("facts", settings.fact_steps, settings.lr, 0.6),
         ("style", settings.style_steps, settings.style_lr, 0.0),
     ):
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         batches = ((rng.integers(0, len(scenes), settings.batch_size), full_share) for _ in range(steps))
         with fastvlm.features_as_pixels(tower):
             losses = minimize(optimizer, loss_of, batches, steps, 0.1, f"captioner: {phase}", max_norm=1.0)

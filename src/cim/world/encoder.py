@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cim.files import write_text
 from cim.images import open_image
-from cim.processes import bfloat16_if_fast, default_device
+from cim.processes import bfloat16_if_fast, default_device, trained_in_bfloat16_if_fast
 from cim.world.scenes import CELLS, Scene
 from cim.world.settings import EncoderTrainingSettings
 from cim.world.vocabulary import BACKGROUNDS, COLOURS, NAMES, SIZES
@@ -143,7 +143,7 @@ def train_trunk(
     ):
         count = max(1, items // settings.batch_size)
         batches = (b for _ in range(epochs) for b in torch.randperm(items)[: count * settings.batch_size].chunk(count))
-        optimizer = torch.optim.AdamW([*trunk.parameters(), *heads.parameters()], lr=lr, weight_decay=0.05)
+        optimizer = torch.optim.AdamW([*trunk.parameters(), *heads.parameters()], lr=lr, weight_decay=0.05, fused=True)
         minimize(optimizer, loss_of, batches, epochs * count, 0.2, f"trunk: {phase}")
     trunk.eval()
     with torch.inference_mode():
@@ -192,12 +192,12 @@ def train_clip(
         return normalize(model.visual.head(pooled[rows]), dim=-1), text
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        with bfloat16_if_fast(device):
+        with trained_in_bfloat16_if_fast(device):
             image, text = embed(rows.to(device))
         return contrast(image.float(), text.float(), model.logit_scale.exp())
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.clip_lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.clip_lr, weight_decay=0.1, fused=True)
     optimizer.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
     batches = (drawn[torch.randperm(len(drawn))[: settings.clip_batch]] for _ in range(settings.clip_steps))
     model.train()
