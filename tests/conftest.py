@@ -1,5 +1,6 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
+import gc
 import os
 from contextlib import chdir
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+# As the command line does: torch and transformers make a million objects, which are slow to search for cycles.
+gc.set_threshold(100_000)
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
 PROMPT = "describe the image."
@@ -22,7 +26,10 @@ SLOW = {"captioner_folder", "prepared", "repository", "standin", "trained", "wor
 
 
 # The longest first, so that no worker starts a long file when the other has nothing left to do.
-LONGEST = ("test_pipeline", "test_training", "test_build", "test_published", "test_notebooks", "test_models")
+LONGEST = (
+    "test_pipeline", "test_training", "test_kills", "test_distributed", "test_published", "test_build", "test_graph",
+    "test_models", "test_notebooks", "test_network", "test_browser",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

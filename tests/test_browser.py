@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
@@ -94,11 +95,14 @@ def jupyterlab(folder: Path, home: Path):
         server = subprocess.Popen([*command, *options], cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 180
-            while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/lab", log.read_text())):
+            while True:
                 assert time.monotonic() < deadline, log.read_text()
                 assert server.poll() is None, log.read_text()
+                found = re.search(r"(http://127\.0\.0\.1:\d+)/lab", log.read_text())
+                with suppress(URLError):  # the address is logged a moment before it answers
+                    if found and urlopen(f"{found[1]}/api?token=secret").close() is None:
+                        break
                 time.sleep(0.1)
-            urlopen(f"{found[1]}/api?token=secret").close()
             yield found[1]
         finally:
             server.terminate()
