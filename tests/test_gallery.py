@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from cim.errors import CimError
 from cim.gallery.build import build_gallery
 from cim.gallery.settings import GallerySettings
 from cim.gallery.shards import gallery_shards
-from cim.gallery.store import drop_excluded, load_gallery
+from cim.gallery.store import described, drop_excluded, load_gallery
 from cim.params import EncoderSettings
 from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer
@@ -156,6 +157,20 @@ def test_a_damaged_gallery_is_refused(gallery, tmp_path, name):
         load_gallery(copy)
     (copy / name).unlink()
     with pytest.raises(CimError, match="missing"):
+        load_gallery(copy)
+
+
+def test_a_gallery_of_an_older_version_is_refused(gallery, tmp_path):
+    """Whose rows had no digests of the images."""
+    copy = tmp_path / "gallery"
+    shutil.copytree(gallery.folder, copy)
+    table = gallery.table.drop_columns("digest")
+    with pa.OSFile(str(copy / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    info = json.loads((copy / "gallery.json").read_text())
+    info["files"]["rows.arrow"] = described(copy / "rows.arrow")
+    (copy / "gallery.json").write_text(json.dumps(info))
+    with pytest.raises(CimError, match="has no column 'digest', as of an older version; rebuild it"):
         load_gallery(copy)
 
 

@@ -199,6 +199,8 @@ def load_gallery(
     texts, images = arrays
     search = open_search(info["index"], texts, folder, text_encoder.device if text_encoder else "cpu")
     table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise CimError(f"{folder / ROWS}: has no column '{missing[0]}', as of an older version; rebuild it")
     return Gallery(folder, info, table, texts, images, search)
 
 
