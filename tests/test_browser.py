@@ -99,8 +99,9 @@ def jupyterlab(folder: Path, home: Path):
                 assert time.monotonic() < deadline, log.read_text()
                 assert server.poll() is None, log.read_text()
                 found = re.search(r"(http://127\.0\.0\.1:\d+)/lab", log.read_text())
-                with suppress(URLError):  # the address is logged a moment before it answers
-                    if found and urlopen(f"{found[1]}/api?token=secret").close() is None:
+                if found:
+                    with suppress(URLError):  # the address is logged a moment before it answers
+                        urlopen(f"{found[1]}/api?token=secret").close()
                         break
                 time.sleep(0.1)
             yield found[1]

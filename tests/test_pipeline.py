@@ -97,12 +97,11 @@ def test_results_are_complete_and_finite(smoke):
 def test_every_figure_is_drawn(smoke):
     for folder, names in FIGURES.items():
         assert names <= {path.stem for path in (smoke / "results" / folder).glob("*.png")}, folder
-    # Not those of the committed studies, which each carry the lock that they came from.
-    made = [folder for folder in (smoke / "results").iterdir() if not (folder / "dvc.lock").exists()]
-    for path in (path for folder in made for path in folder.rglob("*.png")):
+    for path in (smoke / "results").rglob("*.png"):
         with Image.open(path) as image:
-            # Axes, marks and text: a blank figure has one colour.
-            assert len(np.unique(np.asarray(image.convert("RGB").reduce(4)).reshape(-1, 3), axis=0)) > 20, path
+            # Axes, marks and text: a blank figure has one colour. Colours as one number each, which are faster to sort.
+            colours = np.asarray(image.convert("RGB").reduce(4), np.int32) @ (1 << 16, 1 << 8, 1)
+            assert len(np.unique(colours)) > 20, path
 
 
 def test_the_results_page_and_the_site_show_what_was_made(smoke):
