@@ -35,13 +35,13 @@ class VisionCache:
         images = None if pixel_values is None or needs_gradients else split_images(pixel_values, options)
         if images is None:
             return self.forward(*([] if pixel_values is None else [pixel_values]), **options)
-        features = [self._features(*image) for image in images]
+        version = sum(tensor._version for tensor in (*self.tower.parameters(), *self.tower.buffers()))
+        features = [self._features(version, *image) for image in images]
         return tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *features)
 
-    def _features(self, pixels: torch.Tensor, options: dict[str, Any]):
+    def _features(self, version: int, pixels: torch.Tensor, options: dict[str, Any]):
         device = pixels.device.type
         precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        version = sum(tensor._version for tensor in (*self.tower.parameters(), *self.tower.buffers()))
         rest = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in sorted(options.items())}
         digest = hashlib.sha256(repr((pixels.shape, pixels.dtype, precision, version, rest)).encode())
         digest.update(pixels.detach().contiguous().view(torch.uint8).cpu().numpy())

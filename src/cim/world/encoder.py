@@ -1,4 +1,4 @@
-"""Stage `encoder`: the small world's own OpenCLIP model, trained from scratch in about a minute.
+"""Stage `encoder`: the small world's own OpenCLIP model, trained from scratch in half a minute.
 
 Contrastive training from scratch stays long on a plateau where no object is named. So, as in practice, the trunk is
 first trained to recognize the objects of a scene, and then locked: contrastive training is a matter of small heads on
@@ -7,7 +7,7 @@ cached features.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
-from open_clip_train.scheduler import cosine_lr
 from safetensors.torch import save_model
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from cim.files import write_text
 from cim.images import open_image
 from cim.processes import bfloat16_if_fast, default_device, trained_in_bfloat16_if_fast
+from cim.world.optimize import minimize, muon
 from cim.world.scenes import CELLS, Scene
 from cim.world.settings import EncoderTrainingSettings
 from cim.world.vocabulary import BACKGROUNDS, COLOURS, NAMES, SIZES
@@ -143,8 +143,8 @@ def train_trunk(
     ):
         count = max(1, items // settings.batch_size)
         batches = (b for _ in range(epochs) for b in torch.randperm(items)[: count * settings.batch_size].chunk(count))
-        optimizer = torch.optim.AdamW([*trunk.parameters(), *heads.parameters()], lr=lr, weight_decay=0.05, fused=True)
-        minimize(optimizer, loss_of, batches, epochs * count, 0.2, f"trunk: {phase}")
+        optimizers = muon(nn.ModuleList([trunk, heads]), lr, weight_decay=0.05)
+        minimize(optimizers, loss_of, batches, epochs * count, 0.2, f"trunk: {phase}")
     trunk.eval()
     with torch.inference_mode():
         names = labels[known:, :, 0].flatten()
@@ -196,14 +196,13 @@ def train_clip(
             image, text = embed(rows.to(device))
         return contrast(image.float(), text.float(), model.logit_scale.exp())
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.clip_lr, weight_decay=0.1, fused=True)
-    optimizer.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
+    optimizers = muon(model, settings.clip_lr, weight_decay=0.1)
+    optimizers[-1].register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
     batches = (drawn[torch.randperm(len(drawn))[: settings.clip_batch]] for _ in range(settings.clip_steps))
     model.train()
     model.visual.train(captioned is None)
     model.visual.trunk.eval()
-    minimize(optimizer, loss_of, batches, settings.clip_steps, 0.1, "contrastive heads")
+    minimize(optimizers, loss_of, batches, settings.clip_steps, 0.1, "contrastive heads")
     model.eval()
     with torch.inference_mode():
         image, text = embed(slice(known, None))
@@ -221,30 +220,3 @@ def normalise(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 pixels as the saved preprocessing passes them to the trunk: (x / 255 - 0.5) / 0.5."""
     # Channels last is the fast layout for convolutions.
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def minimize(
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[Any], torch.Tensor],
-    batches: Iterable[Any],
-    steps: int,
-    warmup: float,
-    name: str,
-    max_norm: float = math.inf,
-) -> list[float]:
-    """One update for each of `steps` batches, gradients clipped to `max_norm`; returns the losses.
-
-    The learning rate rises from 0 to the optimizer's own in the first `warmup` of the steps and decays as a cosine.
-    """
-    schedule = cosine_lr(optimizer, optimizer.defaults["lr"], int(warmup * steps), steps)
-    losses = []
-    for step, batch in enumerate(tqdm(batches, total=steps, desc=name, mininterval=2)):
-        schedule(step)
-        loss = loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        if max_norm < math.inf:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()
