@@ -49,8 +49,11 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
-            # Encrypted, since other users of a machine can listen to a kernel's sockets.
-            config=Config(KernelManager={"transport_encryption": "auto"}),
+            # Encrypted, since other users of a machine can listen to a kernel's sockets. Ended at once: what its cells
+            # wrote is complete, and Python would take seconds to clean up.
+            config=Config(
+                KernelManager={"transport_encryption": "auto"}, NotebookClient={"shutdown_kernel": "immediate"}
+            ),
             # Progress also goes to the terminal, as it comes.
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
