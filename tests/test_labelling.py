@@ -1,6 +1,7 @@
 """The study of labels: SFT on fewer images and as a variant, its comparison with CIM, and what one annotator says."""
 
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from cim.evaluation.facts import fact_counts, metrics_of
 from cim.evaluation.settings import LabelSettings
 from cim.pipeline.compose import compose
 from cim.runs import with_variant
-from cim.train import launch, sft
+from cim.train import sft
+from cim.train.__main__ import main
 from cim.train.job import INPUTS
 from cim.train.preflight import plan
 from conftest import ROOT, change
@@ -27,11 +29,14 @@ SETTINGS = LabelSettings(
 )
 
 
-def test_a_variant_of_sft_trains_on_its_images_and_annotators(workspace, capsys):
-    """By the launcher, as stage sft does it; its weights are those of SFT with the same values."""
+def test_a_variant_of_sft_trains_on_its_images_and_annotators(workspace, capsys, monkeypatch):
+    """By the command that stage sft starts; its weights are those of SFT with the same values."""
     changes = {"images": 8, "annotators": {"colour": 0.0}}
     params = change(variants={"few": {"sft": changes}})
-    assert len([line for line in launch.train("few-0", params) if line.startswith("step")]) == 3
+    monkeypatch.setattr(sys, "argv", ["cim.train", "--run", "few-0"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
     few = json.loads((ARTIFACTS / "train/few-0" / INPUTS).read_text())["inputs"]
     assert few["sft"] == params["sft"] | changes
     train = read_manifest(ARTIFACTS / "dataset/manifest.parquet").split("train")

@@ -76,7 +76,10 @@ def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, works
     curve = pd.read_csv(workspace / "results/train/cim-0.csv")
     assert curve["step"].tolist() == [1, 2, 3]
     assert curve["grc"].iloc[:10].mean() == pytest.approx(metrics["grc_first_10"], abs=1e-4)
-    assert "step 3/3" in captured.stdout
+    steps = [line.split("  ")[0] for line in captured.stdout.splitlines() if line.startswith("step")]
+    assert steps == ["step 1/3", "step 2/3", "step 3/3"]
+    assert "4 images x 5 captions = 20 captions" in captured.stdout
+    assert len((workspace / "artifacts/train/cim-0/samples.jsonl").read_text().splitlines()) == 10
     found = f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words."
     assert found in shown(captured, "text/markdown")[-1].replace("\n", " ")
     assert len(shown(captured, "image/png")) == 2  # curves, and captions with their images

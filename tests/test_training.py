@@ -109,19 +109,6 @@ def interrupted(monkeypatch):
     return run
 
 
-def test_a_run_from_the_notebook_trains_with_its_own_parameters_and_keeps_the_weights(workspace, capsys):
-    """The whole way: accelerate, a process of its own, parameters that are not those of params.yaml."""
-    params = change(train={"steps": 3})
-    change(train={"steps": 4})
-    lines = list(launch.train("cim-0", params))
-    assert [line.split("  ")[0] for line in lines if line.startswith("step")] == ["step 1/3", "step 2/3", "step 3/3"]
-    [batch] = [line for line in lines if line.startswith("a rollout")]
-    assert "4 images x 5 captions = 20 captions" in batch
-    assert len(json.loads((ARTIFACTS / "train" / "cim-0" / "samples.jsonl").read_text().splitlines()[0])) == 4
-    grpo.train("cim-0", params, ARTIFACTS)
-    assert "kept: artifacts/train/cim-0 was trained from the same inputs" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("says", "error"), [("error: lower k", "^lower k$"), ("Traceback", "cim-0 failed with status 3; see the log above")]
 )
