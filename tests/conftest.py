@@ -1,6 +1,5 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
-import atexit
 import gc
 import os
 from contextlib import chdir
@@ -16,7 +15,6 @@ import yaml
 
 # As the command line does: torch and transformers make a million objects, which are slow to search for cycles.
 gc.set_threshold(100_000)
-atexit.register(gc.freeze)
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"

@@ -12,8 +12,6 @@ If interrupted, rerun the same command: it resumes from the last checkpoint.
 """
 
 import argparse
-import atexit
-import gc
 import os
 import signal
 import threading
@@ -29,7 +27,6 @@ from cim.train.preflight import plan
 
 
 def main() -> None:
-    atexit.register(gc.freeze)  # when it ends, Python would look for cycles for seconds
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
