@@ -18,7 +18,7 @@ from cim.errors import CimError
 from cim.processes import default_device, trained_in_bfloat16_if_fast
 from cim.world.encoder import PREPROCESS, frozen_features, load_pixels
 from cim.world.language import FACT_OF, FULL, describe
-from cim.world.optimize import minimize, muon
+from cim.world.optimize import minimize
 from cim.world.scenes import Scene
 from cim.world.settings import CaptionerSettings
 from cim.world.vocabulary import COLOURS, FAMILY_OF, KIND_OF_FAMILY
@@ -55,6 +55,7 @@ def train_captioner(
     tokens = fastvlm.prompt_tokens(processor, settings.prompt, features)
     fastvlm.whiten_projector(model, features)
     model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def loss_of(batch: tuple[np.ndarray, float]) -> torch.Tensor:
         rows, full_share = batch
@@ -69,10 +70,12 @@ def train_captioner(
         ("facts", settings.fact_steps, settings.lr, 0.6),
         ("style", settings.style_steps, settings.style_lr, 0.0),
     ):
-        optimizers = muon(model, lr, weight_decay=0.01)
+        # With Muon it learns as much in half of the steps, but repeats words more often when sampled, and GRPO then
+        # writes "a red red car": a caption that stresses its colours retrieves well.
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         batches = ((rng.integers(0, len(scenes), settings.batch_size), full_share) for _ in range(steps))
         with fastvlm.features_as_pixels(tower):
-            losses = minimize(optimizers, loss_of, batches, steps, 0.1, f"captioner: {phase}", max_norm=1.0)
+            losses = minimize([optimizer], loss_of, batches, steps, 0.1, f"captioner: {phase}", max_norm=1.0)
         curve += [{"phase": phase, "step": step, "loss": losses[step]} for step in range(0, steps, 10)]
     model.requires_grad_(True).eval().save_pretrained(out)
     processor.save_pretrained(out)

@@ -16,7 +16,7 @@ COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # Keller Jordan's
 
 
 class Muon(Optimizer):
-    """Muon (Jordan et al., 2024), by which the small world's models learn as much in half of AdamW's steps.
+    """Muon (Jordan et al., 2024), by which the image encoder learns as much in half of AdamW's steps.
 
     For weights of linear layers and convolutions. PyTorch's and timm's orthogonalize in bfloat16, which takes long
     where the hardware emulates it; this one in float32.
