@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import ModuleType
 
 import matplotlib.pyplot as plt
@@ -21,6 +22,7 @@ from cim.errors import CimError
 from cim.gallery.density import image_similarities
 from cim.pipeline import site
 from cim.report.explore import Explorer
+from cim.train import grpo
 from conftest import ROOT
 
 
@@ -66,8 +68,8 @@ def shown(captured, kind):
 
 
 @pytest.mark.slow
-def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, workspace):
-    """Not with those of params.yaml, which has 4 steps."""
+def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, workspace, monkeypatch, capsys):
+    """Not with those of params.yaml, which has 4 steps; and the weights are kept where nothing changes."""
     params = yaml.safe_load((workspace / "params.yaml").read_text())
     train = params["train"] | {"steps": 3}
     captured = run_by_hand("train", train=train, encoders=params["encoders"])
@@ -79,10 +81,14 @@ def test_the_training_notebook_trains_with_its_own_parameters(run_by_hand, works
     steps = [line.split("  ")[0] for line in captured.stdout.splitlines() if line.startswith("step")]
     assert steps == ["step 1/3", "step 2/3", "step 3/3"]
     assert "4 images x 5 captions = 20 captions" in captured.stdout
-    assert len((workspace / "artifacts/train/cim-0/samples.jsonl").read_text().splitlines()) == 10
+    samples = (workspace / "artifacts/train/cim-0/samples.jsonl").read_text().splitlines()
+    assert [len(json.loads(sample)) for sample in samples] == [4] * 10
     found = f"Captions went from {metrics['words_first_10']:.2f} to {metrics['words_last_10']:.2f} words."
     assert found in shown(captured, "text/markdown")[-1].replace("\n", " ")
     assert len(shown(captured, "image/png")) == 2  # curves, and captions with their images
+    monkeypatch.chdir(workspace)
+    grpo.train("cim-0", params | {"train": train}, Path("artifacts"))
+    assert "kept: artifacts/train/cim-0 was trained from the same inputs" in capsys.readouterr().out
 
 
 def write_captions(folder, test, runs):
