@@ -262,4 +262,5 @@ def test_a_caption_of_any_length_is_scored(scorer, world):
 
 
 def test_diversity_shows_a_collapse():
-    assert diversity(["a b", "a b", "a b", "c"]) == {"distinct": 0.5, "most_common": 0.75, "words": 1.75}
+    expected = {"distinct": 0.5, "most_common": 0.75, "doubled": 0.25, "words": 2.0}
+    assert diversity(["A b", "A b", "A b", "c C."]) == expected

@@ -9,11 +9,13 @@ import pandas as pd
 
 
 def diversity(captions: Sequence[str]) -> dict[str, float]:
-    """Statistics that reveal a collapse: share of distinct captions, share of the most common one, mean words."""
+    """Statistics that reveal a collapse: shares of distinct captions, of the most common one, and of captions with a
+    doubled word ("a red red car"); mean words."""
     counts = pd.Series(list(captions)).value_counts()
     return {
         "distinct": len(counts) / len(captions),
         "most_common": float(counts.iloc[0]) / len(captions),
+        "doubled": float(np.mean([any(a == b for a, b in pairwise(words(c))) for c in captions])),
         "words": float(np.mean([len(c.split()) for c in captions])),
     }
 

@@ -178,6 +178,6 @@ def always_yes(manifest: Manifest) -> dict[str, float]:
 
 
 def collapse(captions: Captions) -> pd.DataFrame:
-    """Diversity statistics that reveal collapse: columns method, seed, distinct, most_common, words."""
+    """Diversity statistics that reveal collapse: columns method, seed, and those of `diversity`."""
     runs = [(method, seed, of) for method, seeds in captions.items() for seed, of in seeds.items()]
     return pd.DataFrame([{"method": m, "seed": s, **diversity(list(of.values()))} for m, s, of in runs])

@@ -19,6 +19,17 @@ NOTEBOOKS = {
     "results": (),
 }
 
+KERNEL = {
+    # Other users of a machine can listen to a kernel's sockets.
+    "KernelManager": {"transport_encryption": "auto"},
+    "NotebookClient": {
+        # What its cells wrote is complete, and Python would take seconds to clean up.
+        "shutdown_kernel": "immediate",
+        # As the command line does.
+        "extra_arguments": ["--IPKernelApp.exec_lines=import gc; gc.set_threshold(100_000)"],
+    },
+}
+
 
 def notebook_parameters(stage: str, params: dict, training_run: str | None = None) -> dict:
     """What Papermill sets in the notebook's cell tagged "parameters"."""
@@ -49,11 +60,7 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
             parameters=parameters,
             kernel_name="python3",
             progress_bar=False,
-            # Encrypted, since other users of a machine can listen to a kernel's sockets. Ended at once: what its cells
-            # wrote is complete, and Python would take seconds to clean up.
-            config=Config(
-                KernelManager={"transport_encryption": "auto"}, NotebookClient={"shutdown_kernel": "immediate"}
-            ),
+            config=Config(KERNEL),
             # Progress also goes to the terminal, as it comes.
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,

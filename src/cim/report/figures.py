@@ -115,13 +115,11 @@ def density_figure(density: pd.DataFrame) -> Figure:
     for ax, k in zip(axes, ks, strict=True):
         part = density[density["k"] == k]
         sns.lineplot(part, x="rows", y="grc", hue="label", marker="o", ax=ax, legend=ax is axes[-1])
-        ax.axhline(k**-0.5, ls="--", color="0.5", lw=1)
+        ax.axhline(k**-0.5, ls="--", color="0.5", lw=1, label="unrelated images: 1/√K")
         ax.set(xscale="log", title=f"K = {k}", xlabel="gallery rows", ylabel="mean GRC")
         ax.set_xticks(part["rows"].unique(), part["rows"].unique(), rotation=40)
         ax.xaxis.set_minor_locator(NullLocator())
     _legend(axes[-1])
-    transform = axes[0].get_yaxis_transform()
-    axes[0].text(0.02, ks[0] ** -0.5 + 0.005, "unrelated images: 1/√K", fontsize=8, transform=transform)
     return figure
 
 
@@ -153,8 +151,8 @@ def metrics_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
             ax.plot(row["value"], y, "o", color=color(method))
         ax.axvline(part["value"].get("base", np.nan), color="0.6", lw=1, ls=":")
         ax.set_yticks(range(len(part)), [*map(label, methods)])
-        ax.set_title(TITLES[metric])
-        ax.set_ylim(-0.6, len(part) - 0.4)
+        ax.set(title=TITLES[metric], ylim=(-0.6, len(part) - 0.4))
+        ax.locator_params(axis="x", nbins=3)
         ax.grid(axis="y", visible=False)
     return figure
 

@@ -196,13 +196,13 @@ def train_clip(
             image, text = embed(rows.to(device))
         return contrast(image.float(), text.float(), model.logit_scale.exp())
 
-    optimizers = muon(model, settings.clip_lr, weight_decay=0.1)
-    optimizers[-1].register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
+    matrices, others = muon(model, settings.clip_lr, weight_decay=0.1)
+    others.register_step_post_hook(lambda *_: model.logit_scale.data.clamp_(0, math.log(100)))
     batches = (drawn[torch.randperm(len(drawn))[: settings.clip_batch]] for _ in range(settings.clip_steps))
     model.train()
     model.visual.train(captioned is None)
     model.visual.trunk.eval()
-    minimize(optimizers, loss_of, batches, settings.clip_steps, 0.1, "contrastive heads")
+    minimize([matrices, others], loss_of, batches, settings.clip_steps, 0.1, "contrastive heads")
     model.eval()
     with torch.inference_mode():
         image, text = embed(slice(known, None))

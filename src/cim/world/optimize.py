@@ -44,14 +44,14 @@ class Muon(Optimizer):
                 p.add_(update.view(p.shape), alpha=-lr * get_lr_scale(update.shape, "match_rms_adamw"))
 
 
-def muon(model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
+def muon(model: nn.Module, lr: float, weight_decay: float) -> tuple[Muon, AdamW]:
     """Muon for the matrices and kernels of `model` that are trained, AdamW for embeddings, biases and gains."""
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
     others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     adamw = AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-    return [Muon(weights, lr, weight_decay), adamw]
+    return Muon(weights, lr, weight_decay), adamw
 
 
 def minimize(
