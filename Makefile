@@ -4,7 +4,7 @@
 # make site        the executed notebooks as web pages in site/
 # make photos DATA=folder   Flickr8k: the reward against people's judgements (a quarter of an hour)
 # make photos-train DATA=folder   Flickr8k: a captioner for photos, trained with the published and the calibrated reward (2 hours)
-#   both take further settings: SETTINGS="-S evaluate.identification=folder"
+#   both take further settings: SETTINGS="-S evaluate.identification=$PWD/folder"
 # make study       five seeds of CIM, three of each rival (about 35 minutes)
 # make labels      SFT by the number, thoroughness and errors of its labels, against CIM without labels
 # make ablation    settings of the reward and text towers of its rivals, as scores and as rewards
@@ -68,10 +68,12 @@ site: data
 photos: RUN = flickr8k-judgements judgements correlation -S captioner=none
 photos-train: RUN = flickr8k correlation samples evaluate
 photos-train: wordnet
+# The folder of photos where it has the name of the published archive.
+photos photos-train: PHOTOS = $(patsubst %,-S "dataset.images='%'",$(abspath $(wildcard $(DATA)/Flicker8k_Dataset)))
 
 photos photos-train: $(SETUP)
 	@test -n "$(DATA)" || { echo "error: name the folder of Flickr8k: make $@ DATA=path/to/flickr8k"; exit 2; }
-	cim pipeline runs/$(RUN) -S profile=flickr8k -S "dataset.folder='$(abspath $(DATA))'" $(SETTINGS) --publish results/$(firstword $(RUN))
+	cim pipeline runs/$(RUN) -S profile=flickr8k -S "dataset.folder='$(abspath $(DATA))'" $(PHOTOS) $(SETTINGS) --publish results/$(firstword $(RUN))
 
 study: $(SETUP)
 	cim pipeline runs/study evaluate -S profile=study --publish results/study

@@ -94,7 +94,7 @@ def synthetic_texts(seeds: np.ndarray, rows: int, path: Path) -> np.ndarray:
             yield unit(mixed)
 
     write_array(path, rows, seeds.shape[1], mixtures())
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="c")
 
 
 def images_of(texts: np.ndarray, seed: int = 3, noise: float = 0.6) -> np.ndarray:

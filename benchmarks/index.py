@@ -49,7 +49,7 @@ def vectors_of(rows: int, seeds: np.ndarray) -> np.ndarray:
     if not path.is_file():
         GALLERIES.mkdir(parents=True, exist_ok=True)
         synthetic_texts(seeds, rows, path)
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="c")
 
 
 def reward_of(found: np.ndarray, texts: np.ndarray, source: np.ndarray) -> np.ndarray:

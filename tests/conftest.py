@@ -1,6 +1,7 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
 import gc
+import multiprocessing
 import os
 from contextlib import chdir
 from pathlib import Path
@@ -22,7 +23,7 @@ PROMPT = "describe the image."
 
 
 # Fixtures of tests that train, run what was trained, or run stages.
-SLOW = {"captioner_folder", "prepared", "repository", "standin", "trained", "workspace"}
+SLOW = {"captioner_folder", "forkserver", "prepared", "repository", "standin", "trained", "workspace"}
 
 
 # The longest first, so that no worker starts a long file when the other has nothing left to do.
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+# What training, captions and notebooks import; trl imports its trainers when they are first used.
+IMPORTED = (
+    "open_clip", "peft", "seaborn", "sentence_transformers", "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer",
+    "cim.evaluation.facts", "cim.pipeline.captions", "cim.train.grpo", "cim.train.sft",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Starts processes that have everything imported. There is one server for all tests of this process."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([*IMPORTED])
+    return server
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from cim.cli import __main__ as cli
+from cim.data.manifest import Manifest
 from cim.errors import CimError
 from cim.gallery import build, store
 from cim.gallery.build import build_gallery, rebuild_index
@@ -155,6 +156,30 @@ def test_what_cannot_be_used_is_left_out_and_listed(rows, encoders, tmp_path):
     ]  # fmt: skip
     kept = rows.drop(index=[3, 11, 12, 30])
     assert load_gallery(folder).rows["image_id"].tolist() == kept["image_id"].tolist()
+
+
+def test_rows_that_were_fixed_are_read_again(rows, encoders, tmp_path, capsys):
+    """With their shards only; where max_skipped was raised instead, nothing is (the test above)."""
+    frame = rows.copy()
+    frame.loc[[3, 12], "image"] = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    shards = shards_of([write_jsonl(tmp_path / "rows.jsonl", frame)], 8)
+    settings = BuildSettings(max_skipped=0.01)
+    with pytest.raises(CimError, match="2 of 40 rows cannot be used"):
+        build_gallery(shards, settings, *encoders, tmp_path / "gallery")
+    for row, name in ((3, "a.png"), (12, "b.png")):
+        shutil.copy(rows.loc[row, "image"], tmp_path / name)
+    capsys.readouterr()
+    info = build_gallery(shards, settings, *encoders, tmp_path / "gallery")
+    assert "shard 2 of 5 (2 of 2 to do here)" in capsys.readouterr().out
+    assert (info["rows"], info["skipped"]) == (40, 0)
+
+
+def test_a_manifest_with_other_captions_is_another_source(world):
+    settings = GallerySettings(splits=["gallery"])
+    other = Manifest(world.frame.assign(caption="another"), world.image_root, world.name)
+    names = [{shard.name for shard in gallery_shards(manifest, settings)} for manifest in (world, world, other)]
+    assert names[0] == names[1]
+    assert not names[0] & names[2]
 
 
 def test_a_nan_vector_stops_the_build_by_name(rows, encoders, tmp_path, monkeypatch):
@@ -314,36 +339,34 @@ def test_a_large_file_is_told_apart_by_samples(tmp_path):
     assert fingerprint(path) == before
 
 
-def command(encoder_folder, source, folder, *more):
-    return [
-        sys.executable, "-m", "cim.cli", "gallery", "build", str(folder), str(source),
-        "--image", f"open_clip:local-dir:{encoder_folder}", "--shard-rows", "8", *more,
-    ]  # fmt: skip
+def build_arguments(encoder_folder, source, folder):
+    options = ["--image", f"open_clip:local-dir:{encoder_folder}", "--shard-rows", "8"]
+    return ["gallery", "build", str(folder), str(source), *options]
 
 
 @pytest.mark.slow
-def test_a_killed_build_resumes(rows, encoder_folder, tmp_path):
+def test_a_killed_build_resumes(rows, encoder_folder, forkserver, tmp_path, capsys):
     source = write_jsonl(
         tmp_path / "rows.jsonl", pd.concat([rows.assign(image_id=rows["image_id"] + f"-{i}") for i in range(12)])
     )
     folder, work = tmp_path / "gallery", tmp_path / "gallery.building" / "parts"
-    first = subprocess.Popen(
-        command(encoder_folder, source, folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    arguments = build_arguments(encoder_folder, source, folder)
+    first = forkserver.Process(target=cli.main, args=(arguments,), daemon=True)
+    first.start()
     deadline = time.time() + 120
     while not (work / "000002").is_file() and time.time() < deadline:
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
     assert not folder.exists()
     done = {p.name: p.stat().st_mtime_ns for p in work.iterdir() if not p.suffix}
     assert 3 <= len(done) < 60
     # A shard that was being written is not taken for a finished one.
     (work / "000059.partial").touch()
-    again = subprocess.run(command(encoder_folder, source, folder), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert f"{len(done)} of 60 shards are done" in again.stdout
-    assert f"of {60 - len(done)} to do here" in again.stdout
+    cli.main(arguments)
+    printed = capsys.readouterr().out
+    assert f"{len(done)} of 60 shards are done" in printed
+    assert f"of {60 - len(done)} to do here" in printed
     assert len(load_gallery(folder)) == 480
 
 
@@ -505,7 +528,7 @@ def test_two_processes_build_what_one_does(rows, encoder_folder, encoders, tmp_p
     build_gallery(shards_of([source], 8), SETTINGS, *encoders, tmp_path / "one")
     # torchrun, since accelerate starts several processes on GPUs only; both set the same variables.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    module = command(encoder_folder, source, tmp_path / "two")[1:]
+    module = ["-m", "cim.cli", *build_arguments(encoder_folder, source, tmp_path / "two")]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *module], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

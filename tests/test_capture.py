@@ -463,14 +463,16 @@ def test_a_reader_that_always_says_yes(reference, name, share):
 
 
 def test_invalid_captions_are_reported(tmp_path):
-    known = dict.fromkeys(["a", "b", "c", "d", "e", "f"])
+    known = dict.fromkeys(["a", "b", "c", "d", "e", "f", "g.h", "i.png"])
     path = tmp_path / "captions.json"
     long = "owl " * 2_500_000
     path.write_text(
-        '{"images/a.jpg": "an owl", "b": "", "c": 7, "stranger": "x", "d": "old", "d": "new", "e": "' + long + '"}'
+        '{"images/a.jpg": "an owl", "b": "", "c": 7, "stranger": "x", "d": "old", "d": "new", "e": "' + long + '", '
+        '"images/g.h": "a dot", "images/i.png": "a suffix"}'
     )
     captions, problems = read_captions(path, known)
-    assert captions == {"a": "an owl", "b": "", "c": "", "d": "new", "e": long[:20_000], "f": ""}
+    found = {"a": "an owl", "g.h": "a dot", "i.png": "a suffix", "d": "new", "e": long[:20_000]}
+    assert captions == found | {"b": "", "c": "", "f": ""}
     said = {(p.image, p.what.split(";")[0]) for p in problems}
     assert said == {
         ("b", "caption is empty"), ("c", "caption is not text"), ("stranger", "no such image in the benchmark"),

@@ -2,7 +2,6 @@
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -63,14 +62,6 @@ def train(run: str, given: bool, env: dict[str, str]) -> None:
     (sft if run.startswith("sft") else grpo).train(run, read_params(), ARTIFACTS)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Processes that start with everything imported."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["trl", "peft", "open_clip", "cim.train.grpo", "cim.train.sft"])
-    return server
-
-
 def start(server, run: str, processes: int, given: bool = True) -> list:
     env = {}
     if processes > 1:
@@ -122,16 +113,16 @@ def published(workspace):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "rank"), [("cim-0", 0), ("cim-0", 2), ("sft-0", 0), ("sft-0", 2)])
-def test_two_processes_that_share_weights_train_as_one(published, server, run, rank):
+def test_two_processes_that_share_weights_train_as_one(published, forkserver, run, rank):
     """The same losses, KL, gradients, choice of a checkpoint, weights and captions, up to rounding.
 
     By SGD, since Adam would enlarge rounding where a gradient is almost zero.
     """
     change(train={"lora_rank": rank})
     out = ARTIFACTS / "train" / run
-    assert finish(start(server, run, 1)) == [0]
+    assert finish(start(forkserver, run, 1)) == [0]
     one = out.rename("one")
-    assert train_in_two(server, run) == [0, 0]
+    assert train_in_two(forkserver, run) == [0, 0]
     assert json.loads(Path("kinds-1.json").read_text()) == ["DTensor"]
     # TRL's loss of a validation depends on its batches; it chooses nothing.
     for key in ("loss", "kl", "reward", "grad_norm", "eval_loss" if run == "sft-0" else "eval_reward"):
@@ -143,18 +134,18 @@ def test_two_processes_that_share_weights_train_as_one(published, server, run, r
 
 
 @pytest.mark.slow
-def test_a_shared_run_whose_processes_are_killed_ends_as_if_unbroken(published, server):
+def test_a_shared_run_whose_processes_are_killed_ends_as_if_unbroken(published, forkserver):
     """One of them, which ends the other, and then both; with sampled captions."""
     change(train={"optimizer": "adamw_torch", "lr": 1e-3, "save_every": 1})
-    assert finish(start(server, "cim-0", 2, given=False)) == [0, 0]
+    assert finish(start(forkserver, "cim-0", 2, given=False)) == [0, 0]
     whole = (ARTIFACTS / "train" / "cim-0").rename("whole")
     for step, victims in ((1, [1]), (2, [0, 1])):
-        started = start(server, "cim-0", 2, given=False)
+        started = start(forkserver, "cim-0", 2, given=False)
         deadline = time.time() + 120
         while time.time() < deadline and not list(ARTIFACTS.glob(f"checkpoints/cim-0/*/checkpoint-{step}/{COMPLETE}")):
             time.sleep(0.01)
         for victim in victims:
             started[victim].kill()
         assert all(finish(started))  # none hangs, none pretends to have finished
-    assert finish(start(server, "cim-0", 2, given=False)) == [0, 0]
+    assert finish(start(forkserver, "cim-0", 2, given=False)) == [0, 0]
     assert_the_same(ARTIFACTS / "train" / "cim-0", whole)

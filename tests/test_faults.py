@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import struct
 import tarfile
 import tracemalloc
 import zipfile
@@ -475,6 +476,10 @@ def test_exif_orientation(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
+    assert open_image(tmp_path / "a.png").tobytes() == upright.tobytes()
+    # A resolution that is text, which Pillow reads and cannot write.
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"72")
+    stored.save(tmp_path / "a.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
     assert open_image(tmp_path / "a.png").tobytes() == upright.tobytes()
     stored.save(tmp_path / "a.png", exif=b"Exif\0\0not valid")
     assert open_image(tmp_path / "a.png").tobytes() == stored.tobytes()

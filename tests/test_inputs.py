@@ -290,5 +290,5 @@ def test_the_reference_of_an_image_with_several_captions_is_all_of_them():
     from cim.data.manifest import Manifest
 
     frame = pd.DataFrame({"image_id": ["a", "b"], "caption": ["One.", "Two."], "queries": ['["More.", "Most."]', "[]"]})
-    assert labels_of(Manifest(frame, Path()), "x").references == {"a": "One. More. Most.", "b": "Two."}
+    assert labels_of(Manifest(frame, Path()), "x").references == {"a": "One.\nMore.\nMost.", "b": "Two."}
     assert labels_of(Manifest(frame.drop(columns="queries"), Path()), "x").references == {"a": "One.", "b": "Two."}

@@ -1,7 +1,6 @@
 """kill -9 in stages that captions and figures come from, and what a killed command leaves running."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -59,16 +58,6 @@ def run(stage: str, moment: int | None) -> None:
     stages.run(stage)
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Processes that start with everything imported."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["open_clip", "seaborn", "cim.scorer", "cim.evaluation.facts", "cim.pipeline.captions"]
-    )
-    return server
-
-
 def finish(server, stage: str, moment: int | None = None) -> int:
     process = server.Process(target=run, args=(stage, moment), daemon=True)
     process.start()
@@ -92,19 +81,19 @@ def studied(workspace, trained):
 
 
 @pytest.mark.parametrize(("stage", "moments"), [("captions", (1, 2)), ("correlation", (1, 3)), ("evaluate", (0, 2))])
-def test_a_stage_killed_twice_ends_as_if_unbroken(studied, server, stage, moments):
+def test_a_stage_killed_twice_ends_as_if_unbroken(studied, forkserver, stage, moments):
     """While it writes; and nothing that was there before is lost."""
     if stage == "evaluate":
-        assert finish(server, "captions") == 0
-    assert finish(server, stage) == 0
+        assert finish(forkserver, "captions") == 0
+    assert finish(forkserver, stage) == 0
     whole = results(stage)
     assert len(whole) >= 3
     others = results("captions") if stage == "evaluate" else {}
     shutil.rmtree(Path("results", stage))
     for moment in moments:
-        assert finish(server, stage, moment) == -signal.SIGKILL
+        assert finish(forkserver, stage, moment) == -signal.SIGKILL
         assert set(results(stage)) != set(whole) or results(stage) != whole
-    assert finish(server, stage) == 0
+    assert finish(forkserver, stage) == 0
     assert results(stage) == whole
     assert not others or results("captions") == others
 

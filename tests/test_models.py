@@ -236,13 +236,17 @@ def test_a_collapse_is_warned_of_once(capsys):
     from types import SimpleNamespace
 
     log = StepLog(warn_distinct=0.2)
+    log.on_train_begin(None, SimpleNamespace(global_step=0), None)
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
     logs = {"reward": 1.0, "score/grc": 1.0, "score/qir": 0.0, "variety/words": 5.0, "variety/distinct": 0.9}
     log.on_log(None, state, None, logs=logs)
-    assert capsys.readouterr().out == "step 1/2  reward 1.000  grc 1.000  qir 0.000  words 5.0  distinct 0.90\n"
+    assert (
+        capsys.readouterr().out
+        == "step 1/2  reward 1.000  grc 1.000  qir 0.000  words 5.0  distinct 0.90  0:00:00 left\n"
+    )
     for _ in range(2):
         log.on_log(None, state, None, logs={**logs, "variety/distinct": 0.1})
     assert capsys.readouterr().out.count("WARNING") == 1
     log.on_log(None, state, None, logs={"eval_loss": 1.5, "eval_runtime": 3.0})
     log.on_log(None, state, None, logs={"train_runtime": 3.0})
-    assert capsys.readouterr().out == "step 1/2  validation loss 1.500\n"
+    assert capsys.readouterr().out == "step 1/2  validation loss 1.500  0:00:00 left\n"

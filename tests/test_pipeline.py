@@ -131,6 +131,20 @@ def test_a_second_repro_runs_nothing(smoke):
     assert "up to date" in dvc(smoke, "status").stdout
 
 
+def test_a_study_starts_with_what_the_default_run_has_computed(smoke, tmp_path):
+    """If the parameters of the base model are its own: else DVC would take the files for another study's results."""
+    subprocess.run(["git", "add", "--all"], cwd=smoke, check=True)
+    for seed, taken in ((0, True), (1, False)):
+        folder = tmp_path / str(seed)
+        with chdir(smoke):
+            prepare(folder, compose(["profile=smoke", f"captioner.seed={seed}"]), cache=smoke / ".dvc" / "cache")
+        (folder / "data").symlink_to(smoke / "data")
+        changed = json.loads(dvc(folder, "status", "--json", "dataset", "encoder", "gallery", "captioner").stdout)
+        assert (changed == {}) is taken
+        assert (folder / "results" / "encoder").is_dir() is taken
+    assert not (folder / "results" / "evaluate").exists()
+
+
 def test_results_are_published_with_what_they_came_from(smoke, tmp_path):
     """test_workspace.py has what publishing replaces and what it never does."""
     publish(smoke, tmp_path)

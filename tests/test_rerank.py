@@ -44,6 +44,17 @@ def test_rerank_keeps_one_caption_an_image(gallery, world, tmp_path, capsys, suf
     assert "12 candidates" in capsys.readouterr().out
 
 
+def test_rerank_names_candidates_that_have_no_score(gallery, world, tmp_path, capsys):
+    path = world.split("test").image_paths[0]
+    rows = [{"image": str(path), "caption": "an owl."}, {"image": "missing.png", "caption": "a bee."}]
+    source, out = tmp_path / "candidates.jsonl", tmp_path / "best.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["rerank", str(source), "--gallery", str(gallery.folder), "--out", str(out), "-k", "2"])
+    assert "1 rows have no score, see their 'error' in" in capsys.readouterr().err
+    assert pd.read_json(out, lines=True)["caption"].tolist() == ["an owl."]
+
+
 def test_the_nearest_caption_is_that_of_the_most_similar_image(gallery):
     rows = [3, 0, 7]
     assert (

@@ -65,6 +65,7 @@ def test_metrics_by_hand():
     assert cim["relation_f1"]["value"] == 0
     assert cim["relation_recall"]["gain"] == -1
     assert cim["relation_recall"]["gain_interval"] == [-1, -1]
+    assert cim["relation_recall"]["relative"] == {"value": -1, "interval": [-1, -1]}
     assert cim["all_recall"]["value"] == 0.75
     assert base["qa_accuracy"]["value"] == pytest.approx(1 / 5)
     assert base["qa_balanced"]["value"] == pytest.approx((1 / 2 + 0) / 2)
@@ -85,7 +86,11 @@ def test_the_subject_is_compared_with_every_other_paired_by_image(rng):
     own, other = (found[name]["metrics"]["relation_recall"]["interval"] for name in ("cim", "grc"))
     assert own[0] < other[1]
     assert cell["interval"][0] > 0
-    assert against["base"]["relation_recall"]["interval"] == found["cim"]["metrics"]["relation_recall"]["gain_interval"]
+    gained = found["cim"]["metrics"]["relation_recall"]
+    assert against["base"]["relation_recall"]["interval"] == gained["gain_interval"]
+    # Both are a constant times the same images' recall, so their ratio is 4 in every resample.
+    assert gained["relative"]["value"] == pytest.approx(3)
+    assert gained["relative"]["interval"] == pytest.approx([3, 3])
 
 
 def test_seeds_that_differ_widen_the_interval(rng):

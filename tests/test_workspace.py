@@ -41,6 +41,7 @@ PARAMS = (ROOT / "params.yaml").read_text()
             "+variants.a={sft: {lr: 0.1}, train: {lr: 0.1}}",
             "variants.a needs .* either groups reward, train and encoders .* not both",
         ),
+        ("samples.count=4", "samples: best_of cannot be more than count"),
         ("runs.grpo=[cim-0, sft-1]", r"run 'sft-1' belongs in runs.sft"),
         ("runs.sft=[cim-1]", r"run 'cim-1' belongs in runs.grpo"),
         (

@@ -98,8 +98,6 @@ class ImageEncoder:
                 try:
                     pixels[row] = self._preprocess(image() if callable(image) else open_image(image))
                 except CimError as error:
-                    if unreadable is None:
-                        raise
                     errors[row] = str(error)
             return list(pixels), torch.stack(list(pixels.values())) if pixels else None, errors
 
@@ -108,6 +106,8 @@ class ImageEncoder:
         loader = DataLoader(list(enumerate(images)), self.batch_size, collate_fn=load, num_workers=workers)
         out = np.zeros((len(images), self.dim), np.float32)
         for rows, pixels, errors in tqdm(loader, desc="encoding images", disable=not progress, mininterval=2):
+            if errors and unreadable is None:  # not from a worker, which would add its traceback
+                raise CimError(next(iter(errors.values())))
             if errors:
                 unreadable.update(errors)
             if rows:

@@ -48,7 +48,7 @@ def open_image(source: Path | str | bytes, name: str = "") -> Image.Image:
 
 
 def _as_shown(image: Image.Image) -> Image.Image:
-    with suppress(SyntaxError):  # invalid EXIF data
+    with suppress(Exception):  # invalid EXIF data, which are written anew after the pixels are rotated
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which `convert` clips to 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")

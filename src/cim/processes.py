@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -10,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 def processes() -> PartialState:
     """This process and its peers; on a CPU accelerate looks for peers only when it knows that it is one of several."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    # The others wait while one joins and indexes a large gallery: longer than NCCL's ten minutes.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
 
 
 def default_device() -> torch.device:

@@ -12,18 +12,10 @@ SFT_METHODS = ("sft", "sft_perfect")
 ON_SFT = "cim_on_sft"
 BASE = "base-0"  # named like a run, though nothing trains it here
 LABELS = {
-    "base": "base",
-    "sft": "SFT, annotators' captions",
-    "sft_perfect": "SFT, perfect captions",
-    "cim": "CIM (GRC + QIR)",
-    "cim_on_sft": "CIM on SFT",
-    "grc": "GRC only",
-    "qir": "QIR only",
-    "self_retrieval": "self-retrieval",
-    "clipscore": "CLIPScore",
-    "empty": "empty caption",
-    "always_yes": "always Yes",
-}
+    "base": "base", "sft": "SFT, annotators' captions", "sft_perfect": "SFT, perfect captions",
+    "cim": "CIM (GRC + QIR)", "cim_on_sft": "CIM on SFT", "grc": "GRC only", "qir": "QIR only",
+    "self_retrieval": "self-retrieval", "clipscore": "CLIPScore", "empty": "empty caption", "always_yes": "always Yes",
+}  # fmt: skip
 
 
 def parse_run(run: str) -> tuple[str, int]:

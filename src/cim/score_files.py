@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -35,7 +36,7 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
     """
     check_outputs(sources, scorer.gallery.folder, out)
     with locked(out):
-        shards = shards_of(sources, rows=BATCH, image_root=image_root)
+        shards = shards_of(sources, rows=sys.maxsize, image_root=image_root)  # records are resumed, not shards
         made_of = {"shards": [shard.name for shard in shards], "gallery": scorer.gallery.info["files"]}
         progress = _progress(out)
         done = _resume(progress, {"made_of": made_of | {"reward": scorer.settings.model_dump()}})

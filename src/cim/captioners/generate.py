@@ -40,7 +40,10 @@ def sample_captions(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part, out, answers, captions in _generated(model, processor, manifest, settings, batch, progress, options):
-            chosen = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+            # Step by step: with a large vocabulary the logits of all steps would take gigabytes again.
+            steps = zip(out.logits, answers.T, strict=True)
+            chosen = [logits.float().log_softmax(-1).gather(-1, token[:, None]) for logits, token in steps]
+            chosen = torch.cat(chosen, 1)
             # The end token counts, the padding after it does not.
             counted = (~torch.isin(answers, ends.to(device))).cumprod(1)
             counted = torch.cat([counted.new_ones(len(counted), 1), counted[:, :-1]], 1)

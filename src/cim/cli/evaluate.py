@@ -54,6 +54,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with explained(f"{out}: not completed", "fix this and rerun the same command", OSError):
         write_metrics(out / "metrics.json", metrics)  # first: it marks the folder as an evaluation
         done.images.to_csv(out / "images.csv", index=False, float_format="%.5f")
+        (out / "questions.csv").unlink(missing_ok=True)  # a former evaluation's
         if len(done.questions):
             done.questions.to_csv(out / "questions.csv", index=False)
         pages.captions_page(done.images, captions, labels.references, out / "page.html")
@@ -64,7 +65,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if agree := metrics.get("agreement with the pattern parser"):
         shown.append(pd.DataFrame({"F1 of both parsers' graphs of the references": agree}).T.round(2))
     print("\n\n".join(table.to_string() for table in shown))
-    print(f"\nwritten: {out}/metrics.json, images.csv, page.html")
+    print(f"\nwritten: {out}/metrics.json, images.csv, page.html{', questions.csv' if len(done.questions) else ''}")
 
 
 def _captions(paths: list[Path], labels) -> tuple[dict[str, dict[int, dict[str, str]]], list[dict]]:

@@ -25,7 +25,7 @@ def add_commands(commands) -> None:
         add_overrides(command)
     train = commands.add_parser("train", help="one training run of params.yaml; --plan: what it would take")
     train.add_argument("--run", required=True, help="METHOD-SEED, as in cim-0")
-    train.add_argument("--plan", action="store_true", help="print model, data, batches, memory and hours, and stop")
+    train.add_argument("--plan", action="store_true", help="print model, data, batches and memory, and stop")
     add_overrides(train, "with --plan: as in -S profile=paper")
     train.add_argument("--processes", type=int, help="for --plan: how many devices (default: this machine's)")
     for command, handle in ((data, _data), (run, _run), (params, _params), (pipeline, _pipeline), (train, _train)):

@@ -62,8 +62,7 @@ def _score(arguments: argparse.Namespace) -> None:
     if html:
         score_page(frame, html)
         print(f"written: {html}")
-    if len(bad := frame[frame["error"].notna()]):
-        raise CimError(f"{len(bad)} rows have no score, see their 'error' in {out}; {bad['error'].iloc[0]}")
+    _refuse_unscored(frame, out)
 
 
 def _rerank(arguments: argparse.Namespace) -> None:
@@ -75,6 +74,13 @@ def _rerank(arguments: argparse.Namespace) -> None:
     best = best_captions(scores, arguments.by)
     write_scores(best, out)
     print(f"{len(scores)} candidates; the best of each image:\n{summary(best)}\n\nwritten: {out}, {every}")
+    _refuse_unscored(scores, every)
+
+
+def _refuse_unscored(frame, out: Path) -> None:
+    """An error at the end of a command, where rows could not be scored; what could is written."""
+    if len(bad := frame[frame["error"].notna()]):
+        raise CimError(f"{len(bad)} rows have no score, see their 'error' in {out}; {bad['error'].iloc[0]}")
 
 
 def _judge(arguments: argparse.Namespace) -> None:

@@ -46,9 +46,10 @@ class Problem(NamedTuple):
 
 
 def labels_of(manifest: Manifest, name: str) -> Labels:
-    """The labels in a manifest: its captions, joined where an image has several, questions and extended lists."""
+    """The labels in a manifest: its captions, in lines of one text where an image has several (CAPTURE's public code
+    averages scores over references instead), questions and extended lists."""
     frame = manifest.frame.set_index("image_id")
-    references = map(" ".join, human_captions(frame))
+    references = map("\n".join, human_captions(frame))
 
     def column(key: str, values: type) -> dict[str, Any]:
         read, cells = TypeAdapter(values).validate_json, frame[key].items() if key in frame else ()
@@ -109,8 +110,8 @@ def read_captions(path: Path, known: Mapping[str, object]) -> tuple[dict[str, st
     problems = []
     for name, value in pairs:
         name = valid_text(name)
-        image = name if name in known else Path(name).stem
-        if image not in known:
+        image = next((form for form in (name, Path(name).name, Path(name).stem) if form in known), None)
+        if image is None:
             problems.append(Problem(name, "no such image in the benchmark; left out"))
             continue
         if image in captions:

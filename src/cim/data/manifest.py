@@ -15,8 +15,9 @@ from cim.files import explained, replacing, short_digest
 
 REQUIRED = ("image_id", "image", "caption", "split")
 # `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none). Other columns, all JSON or
-# null: `queries` and `ladders` for the correlation study, and SC-Captioner's lists of what is true of an image,
-# `extra_objects` [object, ...] and `extra_attributes` {object: [attribute, ...]}.
+# null: `queries`, further human captions, `sentences` of the caption, and `ladders`, for the correlation study; and
+# SC-Captioner's lists of what is true of an image, `extra_objects` [object, ...] and `extra_attributes`
+# {object: [attribute, ...]}.
 COLUMNS = (*REQUIRED, "source", "template", "scene", "questions")
 
 

@@ -21,7 +21,7 @@ def read(folder: Path, images: str | None, train: int, test: int, seed: int) -> 
 
     FOLDER holds train_coco6k_sft.json, test_cocoln500.json and test_docci500.json (LLaMA-Factory's layout) and, for a
     full evaluation, folders cocoln500 and docci500 with their labels. A benchmark without its test file and labels is
-    left out. Test rows get their reference's sentences as `queries`, for the correlation study.
+    left out. Test rows get their reference's `sentences`, for the correlation study.
 
     Args:
         train: a random choice of so many training images; 0 for all.
@@ -52,7 +52,7 @@ def _benchmark(folder: Path, name: str, photos: ImageFolder, test: int) -> list[
     rows = []
     for path, (image, caption) in zip(photos.paths([image for image, _ in captions]), captions, strict=True):
         sentences = sentences_of(caption)
-        more = {"queries": sentences if len(sentences) > 1 else []}
+        more = {"sentences": sentences if len(sentences) > 1 else []}
         if known:
             asked = known.questions.get(image, {})
             more["questions"] = [{"question": question, "answer": answer} for question, answer in asked.items()]

@@ -103,14 +103,9 @@ class HumanCaptions:
             "nouns_right": [len(own & true) for own, true in zip(stated, self._nouns, strict=True)],
             "nouns_stated": [len(own) for own in stated],
             "nouns_true": [len(true) for true in self._nouns],
-            "rank": ranks,
-            "R@1": ranks <= 1,
-            "R@10": ranks <= 10,
-            "ln_rank": np.log(ranks),
-            "words": [len(words(caption)) for caption in captions],
-            "repetition": repetition(captions),
-            "one": 1,
-        }
+            "rank": ranks, "R@1": ranks <= 1, "R@10": ranks <= 10, "ln_rank": np.log(ranks),
+            "words": [len(words(caption)) for caption in captions], "repetition": repetition(captions), "one": 1,
+        }  # fmt: skip
         return pd.DataFrame(columns, dtype=float)
 
 

@@ -37,8 +37,8 @@ def graded_captions(manifest: Manifest, rng: np.random.Generator) -> pd.DataFram
     """
     if "ladders" in manifest.frame:
         return _graded(manifest.frame.set_index("image_id")["ladders"].map(json.loads), PETS)
-    if "queries" in manifest.frame:
-        return _graded(_human_ladders(manifest, rng), HUMAN)
+    if parts := next((column for column in ("queries", "sentences") if column in manifest.frame), None):
+        return _graded(_human_ladders(manifest, parts, rng), HUMAN)
     if not manifest.scenes_known:
         raise CimError(f"{manifest.name}: the study needs scene graphs or several human captions of each image")
     return world.graded_captions(manifest.frame["image_id"], manifest.frame["scene"], rng)
@@ -55,9 +55,9 @@ def _graded(ladders: Mapping[str, Mapping[str, list[str]]], labels: Mapping[str,
     return pd.DataFrame(rows, columns=["image_id", *GRADE, "caption", "quality"])
 
 
-def _human_ladders(manifest: Manifest, rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
-    """More, fewer, truncated, half-wrong and foreign captions of images with two or more besides the gallery's."""
-    queries = dict(zip(manifest.frame["image_id"], manifest.frame["queries"].map(json.loads), strict=True))
+def _human_ladders(manifest: Manifest, parts: str, rng: np.random.Generator) -> dict[str, dict[str, list[str]]]:
+    """More, fewer, truncated, half-wrong and foreign captions of images with two or more in column `parts`."""
+    queries = manifest.frame.set_index("image_id")[parts].dropna().map(json.loads)
     queries = {image_id: own for image_id, own in queries.items() if len(own) >= 2}
     if len(queries) < 3:
         raise CimError(f"{manifest.name}: fewer than three images have three captions or more")

@@ -130,8 +130,9 @@ def evaluate(
         subject: a method that is compared with each of the others.
 
     Returns:
-        {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval"}}}}; the subject's
-        has "against": {other method: {name: {"value", "interval"}}} too, how far it is above the other.
+        {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval", "relative"}}}},
+        where "relative" is the gain as a share of the first's, {"value", "interval"}; the subject's has "against":
+        {other method: {name: {"value", "interval"}}} too, how far it is above the other.
     """
     tables = {method: np.stack([part.to_numpy() for part in runs.values()]) for method, runs in counts.items()}
     first, images = next(iter(tables)), next(iter(tables.values())).shape[1]
@@ -146,8 +147,9 @@ def evaluate(
     for method, estimates in found.items():
         cells = {name: estimate.cell() for name, estimate in estimates.items()}
         for name, cell in cells.items() if method != first else ():
-            gain = (estimates[name] - found[first][name]).cell()
-            cell |= {"gain": gain["value"], "gain_interval": gain["interval"]}
+            base = found[first][name]
+            gain, relative = (estimates[name] - base).cell(), ((estimates[name] - base) / base).cell()
+            cell |= {"gain": gain["value"], "gain_interval": gain["interval"], "relative": relative}
         out[method] = {"seeds": list(counts[method]), "images": images, "metrics": cells}
         if method == subject:
             out[method]["against"] = {

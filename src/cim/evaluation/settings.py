@@ -1,10 +1,10 @@
 """The parameters of the stages that evaluate, and of `cim judge`; imports no heavy library."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from cim.params import Names, Settings, Share
+from cim.params import Names, Settings, Share, require
 from cim.rewards import RewardSettings
 
 
@@ -51,6 +51,11 @@ class SamplesSettings(StudySettings):
     rewards: dict[str, RewardSettings] = Field(default_factory=dict)
     best_of: list[PositiveInt] = Field(min_length=1)
     temperature: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require(max(self.best_of) <= self.count, "best_of cannot be more than count")
+        return self
 
 
 class AblationSettings(StudySettings):

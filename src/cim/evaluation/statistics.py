@@ -23,6 +23,9 @@ class Estimate(NamedTuple):
     def __sub__(self, other: Self) -> Self:
         return Estimate(self.value - other.value, self.samples - other.samples)
 
+    def __truediv__(self, other: Self) -> Self:
+        return Estimate(ratio(self.value, other.value), ratio(self.samples, other.samples))
+
     def cell(self) -> dict:
         """{"value", "interval"}, the interval at 95 %."""
         return {"value": float(self.value), "interval": interval(self.samples)}

@@ -74,7 +74,7 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     former = info["index"].get("file")
     new = store.INDEXES[former == store.INDEXES[0]]
     with locked(folder), explained(f"{folder}: index not replaced", "fix this and rerun the same command", OSError):
-        info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="r"), kind, recall)
+        info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="c"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:
             info["files"][new] = store.described(folder / new)
@@ -154,11 +154,23 @@ class _Build:
         if path.is_file() and read_json(path) == self.plan:
             done = sum(part.is_file() for part in self.parts)
             print(f"{self.work}: resuming, {done} of {len(self.parts)} shards are done", flush=True)
+            if done == len(self.parts):
+                self._try_again()
             return
         if path.is_file():
             print(f"{self.work}: started with other sources or encoders; starting again", flush=True)
         shutil.rmtree(self.work / "parts", ignore_errors=True)
         write_json(path, self.plan)
+
+    def _try_again(self) -> None:
+        """Delete shards with rows that could not be used, where these are too many still: they may have been fixed."""
+        parts = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
+        skipped = [len(_skipped(part)) for part in parts]
+        if sum(skipped) > self.settings.max_skipped * (sum(map(len, parts)) + sum(skipped)):
+            for path, count in zip(self.parts, skipped, strict=True):
+                if count:
+                    path.unlink()
+            print(f"{self.work}: trying shards with rows that could not be used again", flush=True)
 
     def _embed(self, shard: Shard, part: Path) -> None:
         rows, skipped, images = [], {}, [np.zeros((0, self.image.dim), np.float32)]
@@ -214,14 +226,15 @@ class _Build:
         parts = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
         table = pa.concat_tables(parts)
         first = ~pd.Series(store.hashes(table["image_id"])).duplicated().to_numpy()
-        skipped = [row for part in parts for row in json.loads(part.schema.metadata[b"skipped"])]
+        skipped = [row for part in parts for row in _skipped(part)]
         repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
         skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
         added = int(first.sum())
         if len(skipped) > self.settings.max_skipped * (added + len(skipped)):
             example = f"'{skipped[0]['image_id']}' ({skipped[0]['reason']})"
             problem = f"{len(skipped)} of {added + len(skipped)} rows cannot be used, such as {example}"
-            raise CimError(f"{self.folder}: {problem}; fix them or raise max_skipped: what is embedded is kept")
+            fix = "fix them or raise max_skipped, and run the same command again: what is embedded is kept"
+            raise CimError(f"{self.folder}: {problem}; {fix}")
         base = self.base
         total = added + (0 if base is None else len(base))
         if total == 0:
@@ -243,9 +256,9 @@ class _Build:
         store.write_rows(aside / store.ROWS, chain(rows, (b.filter(b["first"]) for b in batches)))
         lines = "".join(json.dumps(row) + "\n" for row in skipped)
         (aside / store.SKIPPED).write_text(lines, encoding="utf-8")
-        vectors = np.load(aside / store.TEXTS, mmap_mode="r")
+        vectors = np.load(aside / store.TEXTS, mmap_mode="c")
         index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
-        transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="r"))
+        transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="c"))
         np.savez(aside / store.TRANSFORM, **vars(transform))
         files = {name: store.described(aside / name) for name in DATA if (aside / name).is_file()}
         info = {"rows": total, "skipped": len(skipped), **self.info, "index": index, "files": files}
@@ -261,6 +274,11 @@ class _Build:
             print(f"{self.folder}: {len(skipped)} rows were left out, see {self.folder / store.SKIPPED}", flush=True)
         if cut := pc.sum(pc.match_substring(table["caption"], "\ufffd")).as_py():
             print(f"{self.folder}: {cut} captions hold U+FFFD in place of invalid characters", flush=True)
+
+
+def _skipped(part: pa.Table) -> list[dict]:
+    """The rows of a shard that could not be used: {"image_id", "reason"}."""
+    return json.loads(part.schema.metadata[b"skipped"])
 
 
 def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: store.Gallery | None = None) -> dict:

@@ -48,9 +48,6 @@ class ExactSearch:
 
     def __init__(self, vectors: np.ndarray, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        if isinstance(vectors, np.memmap) and not vectors.flags.writeable:
-            # PyTorch warns about read-only arrays: map the file copy-on-write.
-            vectors = np.memmap(vectors.filename, vectors.dtype, "c", vectors.offset, vectors.shape)
         self._vectors = torch.from_numpy(vectors).to(self.device)
         self._small = normalize(self._vectors.float(), dim=1) if len(vectors) <= BLOCK else None
         short = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32

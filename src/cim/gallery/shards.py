@@ -26,7 +26,7 @@ from PIL import Image
 
 from cim.data.manifest import Manifest
 from cim.errors import CimError
-from cim.files import explained, valid_text
+from cim.files import explained, short_digest, valid_text
 from cim.gallery.settings import GallerySettings
 from cim.images import DAMAGED, SUFFIXES, content_digest, locate, open_image, read_stored
 
@@ -85,9 +85,9 @@ def gallery_shards(manifest: Manifest, settings: GallerySettings) -> list[Shard]
     frame = manifest.frame
     images = zip(frame["image_id"], manifest.captions, manifest.image_paths, frame["digest"], strict=True)
     records = [Record(i, _text(text), os.path.relpath(path), known_digest=digest) for i, text, path, digest in images]
-    rows = settings.shard_rows
-    starts = range(0, len(records), rows)
-    shards = [Shard(f"{manifest.name}:{start}", partial(list, records[start : start + rows])) for start in starts]
+    name = f"{manifest.name}:{short_digest([(r.image_id, r.caption, r.known_digest) for r in records])}"
+    rows, starts = settings.shard_rows, range(0, len(records), settings.shard_rows)
+    shards = [Shard(f"{name}:{start}", partial(list, records[start : start + rows])) for start in starts]
     if settings.shards is None:
         return shards
     source = Path(settings.shards)
@@ -110,7 +110,7 @@ def shards_of(sources: list[Path], rows: int, image_root: Path | None = None) ->
     shards: list[Shard] = []
     for path in source_files(sources):
         stat = path.stat()
-        name = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+        name = f"{path}:{stat.st_size}:{stat.st_mtime_ns}:{image_root}"
         shards += _READERS[path.suffix](path, name, image_root or path.parent, rows)
     if not shards:
         raise CimError(f"{', '.join(map(str, sources))}: no rows in {', '.join(_READERS)} files; give others")

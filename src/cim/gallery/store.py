@@ -193,7 +193,7 @@ def load_gallery(
             raise CimError(f"{folder}: built with {name} {own}, not with {other}")
     arrays = []
     for file, name in ((TEXTS, "text_encoder"), (IMAGES, "image_encoder")):
-        arrays.append(np.load(folder / file, mmap_mode="r"))
+        arrays.append(np.load(folder / file, mmap_mode="c"))
         if (shape := arrays[-1].shape) != (info["rows"], info[name]["dim"]):
             raise CimError(f"{folder / file}: has shape {shape}, not that of gallery.json; rebuild the gallery")
     texts, images = arrays

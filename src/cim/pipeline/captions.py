@@ -49,6 +49,7 @@ def caption_runs(model: ModelSettings, settings: CaptionSettings, runs: list[str
             print(f"{split}, {run}: {words:.1f} words, e.g. {captions[0]!r}", flush=True)
             write_json(path, dict(zip(part.frame["image_id"], captions, strict=True)), indent=0)
             write_json(mark, made := made | {f"{split}/{run}": of})
+        del loaded  # before the next one is loaded
     for path in out.glob("*/*.json"):
         if path.stem not in sources or path.parent.name not in parts:
             path.unlink()

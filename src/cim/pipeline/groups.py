@@ -10,14 +10,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 from cim.captioners.settings import CaptionSettings, ModelSettings, PhotoCaptionerSettings
 from cim.data.dataset import DatasetSettings
 from cim.errors import CimError
-from cim.evaluation.settings import (
-    AblationSettings,
-    CorrelationSettings,
-    EvaluateSettings,
-    JudgementSettings,
-    LabelSettings,
-    SamplesSettings,
-)
+from cim.evaluation import settings as evaluation
 from cim.gallery.settings import GallerySettings
 from cim.params import EncoderSettings, Settings, group
 from cim.rewards import RewardSettings
@@ -57,27 +50,13 @@ class ResultSettings(Settings):
 
 
 GROUPS = {
-    "ablation": AblationSettings,
-    "captioner": CaptionerSettings,
-    "captions": CaptionSettings,
-    "compute": ComputeSettings,
-    "correlation": CorrelationSettings,
-    "dataset": DatasetSettings,
-    "encoder": EncoderTrainingSettings,
-    "encoders": EncoderSettings,
-    "evaluate": EvaluateSettings,
-    "gallery": GallerySettings,
-    "judgements": JudgementSettings,
-    "labels": LabelSettings,
-    "model": ModelSettings,
-    "results": ResultSettings,
-    "reward": RewardSettings,
-    "runs": RunSettings,
-    "samples": SamplesSettings,
-    "sft": SftSettings,
-    "train": TrainSettings,
-    "variants": VariantSettings,
-}
+    "ablation": evaluation.AblationSettings, "captioner": CaptionerSettings, "captions": CaptionSettings,
+    "compute": ComputeSettings, "correlation": evaluation.CorrelationSettings, "dataset": DatasetSettings,
+    "encoder": EncoderTrainingSettings, "encoders": EncoderSettings, "evaluate": evaluation.EvaluateSettings,
+    "gallery": GallerySettings, "judgements": evaluation.JudgementSettings, "labels": evaluation.LabelSettings,
+    "model": ModelSettings, "results": ResultSettings, "reward": RewardSettings, "runs": RunSettings,
+    "samples": evaluation.SamplesSettings, "sft": SftSettings, "train": TrainSettings, "variants": VariantSettings,
+}  # fmt: skip
 NULLABLE = ("captioner", "encoder")  # null where the profile trains nothing in that stage
 
 

@@ -1,8 +1,8 @@
 """The pipeline with other parameters, in a folder of its own beside the default one.
 
 `cim pipeline runs/smoke -S profile=smoke` copies what git tracks to runs/smoke, writes the composed parameters there
-and runs `dvc repro`, on the same DVC cache: stages whose inputs are those of an earlier run are taken from it, and the
-default workspace is left alone.
+and runs `dvc repro`, on the same DVC cache. What the default run has computed from the same inputs, up to the base
+model, is taken from it; the default workspace is left alone.
 """
 
 import os
@@ -12,12 +12,18 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from cim.errors import CimError
 from cim.files import refuse_foreign, write_text
+from cim.params import read_params
 from cim.pipeline.compose import compose, dump
 
 MARK = ".cim-workspace"  # in every workspace made here
 RESULTS = Path("results")
+LOCK = Path("dvc.lock")
+DVC = (sys.executable, "-m", "dvc")
+BASE = ("dataset", "encoder", "gallery", "captioner")  # stages that most studies share with the default run
 
 
 def run_pipeline(folder: Path, overrides: list[str], stages: list[str], publish_to: Path | None = None) -> None:
@@ -36,7 +42,7 @@ def run_pipeline(folder: Path, overrides: list[str], stages: list[str], publish_
     prepare(folder, params, cache=Path(".dvc/cache"))
     if params["dataset"]["source"] == "world":
         _check([sys.executable, "-m", "cim.cli", "data"], folder)
-    _check([sys.executable, "-m", "dvc", "repro", *stages], folder)
+    _check([*DVC, "repro", *stages], folder)
     if publish_to is not None:
         publish(folder, publish_to)
         print(f"published: {publish_to}")
@@ -58,14 +64,30 @@ def prepare(folder: Path, params: dict, cache: Path) -> None:
     for name in filter(Path.is_file, map(Path, filter(None, listed.stdout.split("\0")))):
         # Results and the lock of the default run are not this run's; published results are inputs of stage results.
         own = name.parts[0] == RESULTS.name and not (Path(*name.parts[:2]) / "params.yaml").is_file()
-        if not own and name != Path("dvc.lock"):
+        if not own and name != LOCK:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(name, folder / name)
     write_text(folder / "params.yaml", dump(params))
     if not (folder / ".git").exists():
         subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    command = [sys.executable, "-m", "dvc", "cache", "dir", "-q", "--local", str(cache.resolve())]
-    subprocess.run(command, cwd=folder, check=True)
+    _check([*DVC, "cache", "dir", "-q", "--local", str(cache.resolve())], folder)
+    if LOCK.is_file() and not (folder / LOCK).is_file():
+        _start_with_base(folder, params)
+
+
+def _start_with_base(folder: Path, params: dict) -> None:
+    """Give a new workspace the default run's first stages, if it has their parameters; DVC compares the other inputs.
+
+    DVC's own cache of runs leaves out stages with outputs that lie in git.
+    """
+    default, lock = read_params(), yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+    if any(params[group] != default[group] for group in (*BASE, "encoders", "model")):
+        return
+    lock["stages"] = {stage: lock["stages"][stage] for stage in BASE if stage in lock["stages"]}
+    for stage in filter(lambda stage: (RESULTS / stage).is_dir(), lock["stages"]):
+        shutil.copytree(RESULTS / stage, folder / RESULTS / stage, dirs_exist_ok=True)
+    write_text(folder / LOCK, yaml.safe_dump(lock, sort_keys=False))
+    _check([*DVC, "checkout", "-q", "--allow-missing", *lock["stages"]], folder)
 
 
 def publish(workspace: Path, folder: Path) -> None:

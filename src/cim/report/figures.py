@@ -3,6 +3,7 @@
 import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from cim.errors import CimError
 from cim.images import open_image
 from cim.report.tables import TITLES, long_table
 from cim.runs import in_order, label
@@ -264,11 +266,12 @@ def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
 
 
 def images_figure(rows: Sequence[tuple[Path, str]], columns: int = 4, width: int = 42) -> Figure:
-    """Images with text below each, wrapped at `width` characters."""
+    """Images with text below each, wrapped at `width` characters; blank where an archive of bytes held the image."""
     figure, axes = _panels(len(rows), columns, 3.1, 3.6)
     for ax, (path, text) in zip(axes, rows, strict=True):
-        ax.imshow(open_image(path))
+        with suppress(CimError):
+            ax.imshow(open_image(path))
         wrapped = "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
-        ax.set_title(wrapped, fontsize=7.5, y=-0.03, va="top", loc="left")
+        ax.set_title(wrapped, fontsize=7.5, y=-0.03, va="top", loc="left", parse_math=False)
         ax.axis("off")
     return figure

@@ -116,8 +116,7 @@ def gains_table(facts: Mapping, names: Sequence[str] = (*FACTS, "words")) -> pd.
     rows = []
     for method, name in ((m, n) for m in facts["methods"] if m not in ("base", "empty") for n in names):
         cell, base = (facts["methods"][m]["metrics"][name] for m in (method, "base"))
-        relative = cell["gain"] / base["value"] if base["value"] else float("nan")
-        gain = cell["gain"], *cell["gain_interval"], relative
+        gain = cell["gain"], *cell["gain_interval"], cell["relative"]["value"]
         rows.append((label(method), TITLES[name], base["value"], cell["value"], *gain))
     columns = ["method", "metric", "base", "value", "gain", "gain low", "gain high", "relative"]
     return pd.DataFrame(rows, columns=columns).round(3)
@@ -163,7 +162,7 @@ def paper_table(facts: Mapping, capture: Mapping) -> pd.DataFrame:
         cells, score = found["metrics"], text("capture", capture["methods"]["cim"]["paper"]["capture"])
         own = {
             "source": f"measured here, {len(found['seeds'])} seed(s)",
-            "model": "FastVLM, 1.5 M parameters + CIM",
+            "model": "FastVLM, 1.2 M parameters + CIM",
             "CAPTURE": f"{score} (parser: {capture['parser']})",
             "relation QA": f"{text('qa_accuracy', cells['qa_accuracy'])} (all questions)",
             "relation recall gain": f"{100 * cells['relation_recall']['gain']:+.1f}",

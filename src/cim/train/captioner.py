@@ -72,20 +72,23 @@ def train_captioner(
         labels = batch["labels"][:, -answer:]
         return batch | {"labels": labels, "logits_to_keep": answer + 1, "pixel_values": features[list(rows)]}
 
+    arguments = TrainingArguments(
+        str(folder), max_steps=settings.fact_steps + settings.style_steps, seed=settings.seed, logging_steps=10,
+        per_device_train_batch_size=settings.batch_size, save_steps=settings.save_every, report_to="none",
+        train_sampling_strategy="sequential", remove_unused_columns=False, bf16=computes_in_bfloat16(device),
+        use_cpu=device.type == "cpu", dataloader_pin_memory=False,
+    )  # fmt: skip
+    # One process uses one GPU: on several, Trainer would multiply the batch and use up the examples too early.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = Trainer(
         trained,
-        TrainingArguments(
-            str(folder), max_steps=settings.fact_steps + settings.style_steps, seed=settings.seed, logging_steps=10,
-            per_device_train_batch_size=settings.batch_size, save_steps=settings.save_every, report_to="none",
-            train_sampling_strategy="sequential", remove_unused_columns=False, bf16=computes_in_bfloat16(device),
-            use_cpu=device.type == "cpu", dataloader_pin_memory=False,
-        ),
+        arguments,
         data_collator=collate,
         train_dataset=examples(captions, settings),
         optimizers=optimizer_and_schedule(trained, settings),
         compute_loss_func=partial(caption_loss, smoothing=settings.label_smoothing),
         callbacks=[checkpoints.MarkComplete()],
-    )  # fmt: skip
+    )
     with fastvlm.features_as_pixels(tower):
         trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
     model = trained.merge_and_unload() if settings.lora_rank else trained

@@ -77,6 +77,7 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         mask_truncated_completions=settings.truncated == "mask",
         # TRL loads the reference model of the KL term itself, by name.
         model_init_kwargs={"revision": model.revision} if model.revision else None,
+        trust_remote_code=model.trust_remote_code,
         generation_kwargs=never_sampled(job.model.config, job.compute),
         **vllm_options(job.compute),
     )

@@ -118,10 +118,11 @@ class Job:
         average_head_gradient(self.model)
         trainer = kind(
             args=config(**shared), model=self.model, processing_class=self.processor, train_dataset=train,
-            eval_dataset=validation, peft_config=trainable(self.settings, self.model),
+            eval_dataset=validation, peft_config=trainable(s, self.model, self.model_settings.revision),
             callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete(), checkpoints.EpochOrder()], **parts,
         )  # fmt: skip
-        if c.cache_vision and not self.sharded:  # the ranks of a sharded tower must all run it
+        # The ranks of a sharded tower must all run it, and TRL's reference pass switches a tower's adapters off.
+        if c.cache_vision and not self.sharded and (s.freeze_vision or not s.lora_rank):
             for model in filter(None, (self.model, getattr(trainer, "ref_model", None))):
                 cache_vision(model)
         return trainer
@@ -137,7 +138,8 @@ class Job:
         if not len(self.validation):  # then it does not matter when checkpoints are written
             train = {name: value for name, value in train.items() if name != "save_every"}
         model = self.model_settings.model_dump(include={"prompt", "dtype", "processor", "max_pixels"})
-        inputs |= {"run": self.run, "weights": weights_digest(self.model), "model": model, "train": train}
+        inputs |= {"run": self.run, "objective": self.objective, "train": train}
+        inputs |= {"weights": weights_digest(self.model), "model": model}
         inputs["images"] = [part.digest for part in (self.images, self.validation)]
         digest = short_digest(inputs)
         if (self.out / INPUTS).is_file() and read_json(self.out / INPUTS)["digest"] == digest:
@@ -238,14 +240,18 @@ def check_possible(settings: TrainSettings, compute: ComputeSettings, model: Mod
         )
 
 
-def trainable(settings: TrainSettings, model: torch.nn.Module):
-    """peft's LoRA configuration, or None to train the weights; freezes the vision tower where the settings say so."""
+def trainable(settings: TrainSettings, model: torch.nn.Module, revision: str | None = None):
+    """peft's LoRA configuration, or None to train the weights; freezes the vision tower where the settings say so.
+
+    Args:
+        revision: of the base model on the hub, to which the adapter will be added when it is loaded.
+    """
     if settings.lora_rank:
         from peft import LoraConfig
 
         return LoraConfig(
             r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=settings.lora_targets,
-            exclude_modules=VISION if settings.freeze_vision else None, task_type="CAUSAL_LM",
+            exclude_modules=VISION if settings.freeze_vision else None, task_type="CAUSAL_LM", revision=revision,
         )  # fmt: skip
     for name, parameter in model.named_parameters():
         if settings.freeze_vision and re.fullmatch(VISION, name):

@@ -15,7 +15,7 @@ from cim.files import explained
 from cim.params import group
 from cim.train.settings import ComputeSettings
 
-PLAN = ("model:", "data:", "gallery:", "a rollout", "an update", "memory", "time:")
+PLAN = ("model:", "data:", "gallery:", "a rollout", "an update", "memory")
 SHOWN = (*PLAN, "step", "WARNING", "note", "resuming", "error", "kept")
 
 

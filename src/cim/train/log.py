@@ -1,5 +1,8 @@
 """What a run prints for every step."""
 
+import time
+from datetime import timedelta
+
 from transformers import TrainerCallback
 
 from cim.train.summary import COLUMNS
@@ -14,12 +17,17 @@ class StepLog(TrainerCallback):
         self.warn_distinct = warn_distinct
         self.warned = False
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first = time.monotonic(), state.global_step
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {**COLUMNS, **VALIDATION}
         values = [f"{name} {logs[key]:{form}}" for key, (name, form) in shown.items() if key in (logs or {})]
         if not values or not state.is_world_process_zero:
             return
-        print(f"step {state.global_step}/{state.max_steps}", *values, sep="  ", flush=True)
+        pace = (time.monotonic() - self.start) / max(1, state.global_step - self.first)
+        left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+        print(f"step {state.global_step}/{state.max_steps}", *values, f"{left} left", sep="  ", flush=True)
         distinct = logs.get("variety/distinct", 1.0)
         if distinct < self.warn_distinct and not self.warned:
             self.warned = True

@@ -1,25 +1,21 @@
-"""What a run will take, before anything heavy starts: model, data, batches, and an estimate of memory and time.
+"""What a run will take, before anything heavy starts: model, data, batches, and an estimate of memory.
 
-Sizes are counted on the model's skeleton, which holds no weights. The estimates are rough: they warn and stop nothing.
+Sizes are counted on the model's skeleton, which holds no weights. The estimate is rough: it warns and stops nothing.
 """
 
 import os
-import time
 from collections import namedtuple
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from cim.captioners.models import DTYPES, load_processor, longest_prompt, skeleton
 from cim.gallery.store import read_info
-from cim.processes import default_device
 from cim.train import launch
 from cim.train.batches import grpo_batches, sft_batches
 from cim.train.job import Job, trainable
 
 GIB = 2**30
-UTILIZATION = 0.35  # the share of the speed of large matrix products that training a transformer usually reaches
 OVERHEAD = 1.2  # fragments and buffers on top of what is counted
 # Widths of the hidden state that a token takes (benchmarks/skeletons.py): in a layer that waits for the backward pass,
 # in the one that gradient checkpointing computes again, and in the one that reads a prompt before sampling.
@@ -34,7 +30,7 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
     """The lines of a dry run; CimError for everything that would stop the run before its first step."""
     accelerate = (params.get("compute") or {}).get("accelerate")
     processes = processes or launch.processes(accelerate)
-    job = Job(run, params, artifacts, launch.configuration(accelerate).get("distributed_type", "NO"))
+    job = Job(run, params, artifacts, launch.configuration(accelerate).get("distributed_type"))
     model, train = job.model_settings, job.settings
     prompt = longest_prompt(load_processor(model), job.images.image_paths[:8], model)
     size = model_size(job)
@@ -51,21 +47,14 @@ def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) 
         info = read_info(artifacts / "gallery")
         lines.append(f"gallery: {info['rows']:,} captioned images, index {info['index']['kind']}")
         batches = grpo_batches(train, job.compute.per_device, len(job.images), processes)
-    gpu, flops = torch.cuda.is_available(), device_speed(torch.bfloat16 if train.bf16 else DTYPES[model.dtype])
+    gpu = torch.cuda.is_available()
     have = torch.cuda.mem_get_info()[1] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     need = memory(job, size, batches.per_device, prompt, processes, have)
     total = sum(need.values()) * OVERHEAD
-    tokens = batches.updates * batches.captions * (prompt + train.max_completion)
-    # A backward pass counts as two, with LoRA as one. GRPO also samples, and reads by the reference and an old policy.
-    passes = 3 - bool(train.lora_rank) + job.compute.gradient_checkpointing
-    passes += 0 if job.sft else 1 + (train.kl > 0) + (train.updates_per_rollout > 1)
-    seconds = 2 * size.total * tokens * passes / (processes * flops * UTILIZATION)
     lines += [
         *batches.summary,
         f"memory of a device: about {total / GIB:.1f} GiB of {have / GIB:.1f} "
         f"({', '.join(f'{name} {value / GIB:.2f}' for name, value in need.items())}; a fifth is added)",
-        f"time: about {timedelta(seconds=round(seconds))} hours, from matrix products at {flops / 1e12:.2f} TFLOP/s; "
-        "sampling counts as one pass",
     ]
     if total > have:
         lines.append(
@@ -124,16 +113,3 @@ def memory(job: Job, size: Size, per_device: int, prompt: int, processes: int, h
         **use,
         "vllm": compute.vllm_memory * have if compute.vllm == "colocate" else 0.0,
     }
-
-
-def device_speed(dtype: torch.dtype, products: int = 20) -> float:
-    """Floating-point operations a second of this device, measured on large matrix products."""
-    device = default_device()
-    side = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    (a @ b).sum().item()  # warm up; item() waits for a GPU
-    start = time.perf_counter()
-    for _ in range(products):
-        out = a @ b
-    out.sum().item()
-    return 2 * side**3 * products / (time.perf_counter() - start)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from cim.captioners.text import diversity, repetition
 from cim.errors import CimError
 from cim.files import write_text
+from cim.processes import processes
 from cim.runs import REWARDS
 from cim.scorer import Scorer
 from cim.train.settings import TrainSettings
@@ -33,14 +35,20 @@ def trl_reward(scorer: Scorer, name: str, settings: TrainSettings, end_tokens: s
         for key, value in diversity(captions).items():
             log_metric(f"variety/{key}", value)
         values = scores[name].to_numpy(float)
-        values = values - settings.repetition * values.std() * repetition(captions)
+        values = values - settings.repetition * np.std(_of_all_processes(values)) * repetition(captions)
         if settings.truncated == "lowest":
             cut = np.array([not ids or ids[-1] not in end_tokens for ids in completion_ids])
-            values = np.where(cut, values.min(), values)
+            values = np.where(cut, min(_of_all_processes(values)), values)
         return values.tolist()
 
     reward.__name__ = name
     return reward
+
+
+def _of_all_processes(values: np.ndarray) -> list[float]:
+    """The values of the whole batch; a process has a part of its captions."""
+    processes()  # which gather_object would set up otherwise
+    return gather_object(values.tolist())
 
 
 class SampleLog:

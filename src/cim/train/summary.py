@@ -4,14 +4,9 @@ import pandas as pd
 
 # Columns of Trainer's log, what they are called in print and in results, and how a line shows them.
 COLUMNS = {
-    "reward": ("reward", ".3f"),
-    "score/grc": ("grc", ".3f"),
-    "score/qir": ("qir", ".3f"),
-    "kl": ("kl", ".4f"),
-    "variety/words": ("words", ".1f"),
-    "variety/distinct": ("distinct", ".2f"),
-    "loss": ("loss", ".3f"),
-}
+    "reward": ("reward", ".3f"), "score/grc": ("grc", ".3f"), "score/qir": ("qir", ".3f"), "kl": ("kl", ".4f"),
+    "variety/words": ("words", ".1f"), "variety/distinct": ("distinct", ".2f"), "loss": ("loss", ".3f"),
+}  # fmt: skip
 
 
 def curves(log: pd.DataFrame) -> pd.DataFrame:

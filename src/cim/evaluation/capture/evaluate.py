@@ -78,17 +78,12 @@ def evaluate(
     values = {key: rows[fields].to_numpy(float).reshape(-1, len(ids), len(fields)) for key, rows in by_mode}
     means = {key: _means(bootstrap, key[0], value, fields) for key, value in values.items()}
     metrics: dict = {
-        "benchmark": labels.name,
-        "images": len(ids),
-        "parser": parser.name,
-        "synonyms": wordnet.source if wordnet else "none",
-        "resamples": resamples,
-        "seed": seed,
-        "seeds": seeds,
+        "benchmark": labels.name, "images": len(ids), "parser": parser.name,
+        "synonyms": wordnet.source if wordnet else "none", "resamples": resamples, "seed": seed, "seeds": seeds,
         "methods": {method: {} for method in seeds},
-        "comparisons": _comparisons(list(seeds), fields, values, means),
+        "comparisons": _comparisons(list(seeds), fields, values, bootstrap),
         "relations": _by_relation(samples, seeds, similarity, bootstrap),
-    }
+    }  # fmt: skip
     for (method, mode), cells in means.items():
         missing = dict(zip(fields, np.isnan(values[method, mode]).sum((0, 1)).tolist(), strict=True))
         metrics["methods"][method][mode] = {f: mean.cell() | {"left_out": missing[f]} for f, mean in cells.items()}
@@ -130,31 +125,29 @@ def _means(bootstrap: Bootstrap, method: str, values: np.ndarray, fields: Sequen
     )
 
 
-def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping, means: Mapping) -> list[dict]:
-    """How each method differs from the first, paired by image; intervals and p know of images and seeds."""
+def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping, bootstrap: Bootstrap) -> list[dict]:
+    """How each method differs from the first on the images where both are defined; intervals and p know of images and
+    seeds."""
     first, *others = methods
     by_image = {key: ratio(np.nansum(value, axis=0), (~np.isnan(value)).sum(0)) for key, value in values.items()}
     rows = []
     for method, mode in product(others, MODES):
         differences = by_image[method, mode] - by_image[first, mode]  # (images, fields)
+        # The precision of attributes, for example, is undefined where a caption has none.
+        common = np.where(np.isnan(differences), np.nan, 0.0)
+        ours, theirs = (_means(bootstrap, m, values[m, mode] + common, fields) for m in (method, first))
         for field, difference in zip(fields, differences.T, strict=True):
             difference = difference[~np.isnan(difference)]
             if not len(difference):
                 continue
             spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
-            estimate = means[method, mode][field] - means[first, mode][field]
+            estimate = ours[field] - theirs[field]
             rows.append(
-                {
-                    "method": method,
-                    "against": first,
-                    "mode": mode,
-                    "field": field,
-                    "difference": float(estimate.value),
-                    "interval": estimate.cell()["interval"],
-                    "effect": float(difference.mean() / spread) if spread else 0.0,  # Cohen's d, paired by image
-                    "p": estimate.p() if len(difference) > 1 else 1.0,
-                    "images": len(difference),
-                }
+                {"method": method, "against": first, "mode": mode, "field": field, "images": len(difference)}
+                | {"difference": float(estimate.value), "interval": estimate.cell()["interval"]}
+                # Cohen's d, paired by image
+                | {"effect": float(difference.mean() / spread) if spread else 0.0}
+                | {"p": estimate.p() if len(difference) > 1 else 1.0}
             )
     corrected = holm([row["p"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]

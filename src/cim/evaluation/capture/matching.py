@@ -2,9 +2,9 @@
 
 Both match equal phrases, then synonyms, then by cosine similarity of sentence embeddings.
 
-paper   Identical to the public code. Phrases are taken in order, each matching the first that is left. A phrase within
-        another counts as its synonym ("car" in "carpet"). An unmatched phrase is worth its highest similarity to the
-        unmatched phrases of the other side, even where several choose the same one.
+paper   Identical to the public code on given graphs. Phrases are taken in order, each matching the first that is left.
+        A phrase within another counts as its synonym ("car" in "carpet"). An unmatched phrase is worth its highest
+        similarity to the unmatched phrases of the other side, even where several choose the same one.
 strict  Every phrase matches at most one: the one-to-one assignment of highest total similarity, where equal phrases and
         synonyms count 1 and others their cosine.
 

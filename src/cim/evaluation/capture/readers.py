@@ -6,8 +6,10 @@ from typing import Protocol
 
 import pandas as pd
 import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
+from urllib3 import Retry
 
 from cim.captioners.loading import loading
 from cim.errors import CimError
@@ -89,6 +91,10 @@ class ServerReader:
 
     def __init__(self, url: str, model: str):
         self.name, self._url = f"server:{model}", f"{url.rstrip('/')}/chat/completions"
+        # A server that is busy for a moment must not cost the answers so far; one that is down is an error at once.
+        busy = Retry(5, connect=0, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
+        self._session = requests.Session()
+        self._session.mount(self._url, HTTPAdapter(pool_maxsize=8, max_retries=busy))
         no_thinking = {"chat_template_kwargs": {"enable_thinking": False}}
         self._body = {"model": model, "temperature": 0, "max_tokens": 8, **no_thinking}
 
@@ -97,7 +103,7 @@ class ServerReader:
 
     def _ask(self, pair: tuple[str, str]) -> str:
         try:
-            response = requests.post(self._url, json=self._body | {"messages": _chat(*pair)}, timeout=120)
+            response = self._session.post(self._url, json=self._body | {"messages": _chat(*pair)}, timeout=120)
             response.raise_for_status()
             return parse_answer(response.json()["choices"][0]["message"]["content"])
         except (requests.RequestException, LookupError, AttributeError, TypeError, ValueError) as error:
