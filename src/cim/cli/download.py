@@ -10,9 +10,8 @@ from cim.errors import CimError
 def add_commands(commands) -> None:
     """Add the command to argparse's subparsers; its `handle` takes the arguments."""
     command = commands.add_parser("download", help="download published data; prints licence and size first")
-    command.add_argument(
-        "names", nargs="+", help="sc-captioner, coco-train, coco-val, docci, densefusion, oxford-pet, flickr8k"
-    )
+    names = "sc-captioner, coco-train, coco-val, docci, densefusion, oxford-pet, flickr8k"
+    command.add_argument("names", nargs="+", help=names)
     command.add_argument("--to", type=Path, default=Path("datasets"), help="parent of one folder per data set")
     command.add_argument("--yes", action="store_true", help="do not ask")
     command.set_defaults(handle=_download)

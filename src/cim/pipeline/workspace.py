@@ -81,7 +81,7 @@ def _start_with_base(folder: Path, params: dict) -> None:
     DVC's own cache of runs leaves out stages with outputs that lie in git.
     """
     default, lock = read_params(), yaml.safe_load(LOCK.read_text(encoding="utf-8"))
-    if any(params[group] != default[group] for group in (*BASE, "encoders", "model")):
+    if any(params[group] != default.get(group) for group in (*BASE, "encoders", "model")):
         return
     lock["stages"] = {stage: lock["stages"][stage] for stage in BASE if stage in lock["stages"]}
     for stage in filter(lambda stage: (RESULTS / stage).is_dir(), lock["stages"]):

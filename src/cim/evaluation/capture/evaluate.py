@@ -143,12 +143,14 @@ def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping,
             spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
             estimate = ours[field] - theirs[field]
             rows.append(
-                {"method": method, "against": first, "mode": mode, "field": field, "images": len(difference)}
-                | {"difference": float(estimate.value), "interval": estimate.cell()["interval"]}
-                # Cohen's d, paired by image
-                | {"effect": float(difference.mean() / spread) if spread else 0.0}
-                | {"p": estimate.p() if len(difference) > 1 else 1.0}
-            )
+                {
+                    "method": method, "against": first, "mode": mode, "field": field, "images": len(difference),
+                    "difference": float(estimate.value), "interval": estimate.cell()["interval"],
+                    # Cohen's d, paired by image
+                    "effect": float(difference.mean() / spread) if spread else 0.0,
+                    "p": estimate.p() if len(difference) > 1 else 1.0,
+                }
+            )  # fmt: skip
     corrected = holm([row["p"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 
