@@ -67,7 +67,7 @@ site: data
 
 photos: RUN = flickr8k-judgements judgements correlation -S captioner=none
 photos-train: RUN = flickr8k correlation samples evaluate
-photos-train: wordnet
+photos photos-train: wordnet
 # The folder of photos where it has the name of the published archive.
 photos photos-train: PHOTOS = $(patsubst %,-S "dataset.images='%'",$(abspath $(wildcard $(DATA)/Flicker8k_Dataset)))
 

@@ -32,6 +32,7 @@ from cim.evaluation.capture.readers import (
 )
 from cim.evaluation.statistics import Bootstrap
 from cim.files import read_json
+from cim.params import read_params
 from cim.report import figures, findings, pages, tables
 from cim.world.reader import WorldReader
 from conftest import ROOT
@@ -434,7 +435,7 @@ def test_tables_of_the_committed_results(results):
     assert set(tables.metric_table(capture).index.get_level_values("score")) == {"grc", "qir", "cim", "words"}
     assert (tables.comparison_table(capture)["p (Holm)"] <= 1).all()
     assert tables.correlation_table(correlation).loc[("fineness", "grc"), "steps"].endswith(", 0 down of 5")
-    assert "reported in the paper" in tables.paper_table(facts, capture).index
+    assert "reported in the paper" in tables.paper_table(capture).index
 
 
 def test_the_summary_for_dvc_is_short(results):
@@ -460,7 +461,7 @@ def test_findings_fill_in_the_numbers(results):
     text = findings.evaluation_findings(facts, capture)
     assert tables.text("capture", capture["methods"]["cim"]["strict"]["capture"]) in text
     assert 3 <= text.count(". ") + 1 <= 6
-    assert "No drop in precision is significant" in text
+    assert "No 95 % interval of a change in precision lies below 0" in text
     assert "(strict)" in findings.evaluation_findings({"methods": {}, "always_yes": {}}, capture)
     base = {**capture, "methods": {"base": capture["methods"]["base"]}, "comparisons": []}
     assert findings.evaluation_findings({"methods": {}, "always_yes": {}}, base).startswith("Only the base model")
@@ -492,34 +493,47 @@ def test_claims_that_fail_are_named(results):
     claims = {claim["claim"]: claim for claim in findings.claims(correlation, facts, capture)}
     assert claims["QIR rises with accuracy"]["verdict"] == "no"
     text = findings.claims_findings(list(claims.values()), capture)
-    assert f"{sum(claim['verdict'] == 'yes' for claim in claims.values())} hold" in text
+    for source, words in (("paper", "of the paper"), ("ours", "that we add")):
+        own = [claim["verdict"] for claim in claims.values() if claim["source"] == source]
+        assert re.search(rf"Of {len(own)} claims {words}[^.]*, {own.count('yes')} hold\.", text), text
     assert all(name in text for name, claim in claims.items() if claim["verdict"] != "yes")
-    assert findings.claims(correlation, {"methods": {}, "always_yes": {}}, {**capture, "comparisons": []})[-1][
-        "claim"
-    ].startswith("CIM rises")
+    assert (
+        findings.claims(correlation, {"methods": {}, "always_yes": {}}, {**capture, "comparisons": []})[-1]["claim"]
+        == "QIR rises with accuracy"
+    )
 
 
 @pytest.mark.parametrize(
     ("interval", "at_least", "says"),
     [([0.1, 0.2], 0, "yes"), ([-0.2, -0.1], 0, "no"), ([-0.1, 0.1], 0, "undecided"), ([0.1, 0.3], 0.2, "undecided")],
 )
-def test_a_claim_is_judged_by_the_interval_of_the_paired_difference(results, interval, at_least, says):
+def test_the_verdict_of_an_interval(interval, at_least, says):
     assert findings.verdict(interval, at_least) == says
+
+
+@pytest.mark.parametrize(
+    ("interval", "p", "says"),
+    [([0.1, 0.2], 0.001, "yes"), ([-0.2, -0.1], 0.001, "no"), ([-0.1, 0.1], 0.5, "undecided"),
+     ([0.01, 0.2], 0.03, "undecided")],
+)  # fmt: skip
+def test_claims_about_rivals_are_corrected_for_their_number(results, interval, p, says):
     facts, capture, correlation = results
-    cell = {"value": sum(interval) / 2, "interval": interval}
-    cim = facts["methods"]["cim"] | {"against": {"sft": {"all_f1": cell}}}
-    facts = facts | {"methods": facts["methods"] | {"cim": cim}}
+    cell = {"value": sum(interval) / 2, "interval": interval, "p": p}
+    other = {"value": 0.0, "interval": [-0.1, 0.1], "p": 0.9}
+    cim = facts["methods"]["cim"] | {"against": {"sft": {"all_f1": cell}, "grc": {"all_f1": other}}}
+    facts = facts | {"methods": facts["methods"] | {"cim": cim, "grc": facts["methods"]["base"]}}
     claims = {claim["claim"]: claim for claim in findings.claims(correlation, facts, capture)}
-    claim = claims[f"CIM beats {runs.label('sft')} on F1 of all facts"]
-    assert claim["verdict"] == findings.verdict(interval)
+    claim = claims[f"CIM beats {runs.label('sft')} on F1 of all facts, p < 0.05 after Holm's correction"]
+    assert claim["verdict"] == says
     assert f"{100 * interval[0]:+.1f}" in claim["measured"]
+    assert f"p = {2 * p if p < 0.5 else 1:.2g}" in claim["measured"]
 
 
 def test_a_difference_that_is_undefined_leaves_a_claim_open(results):
     """Where a short run states nothing, metrics files hold null."""
     facts, capture, correlation = results
     nothing = {"value": None, "interval": [None, None]}
-    undefined = nothing | {"gain": None, "gain_interval": [None, None], "relative": nothing}
+    undefined = nothing | {"gain": None, "gain_interval": [None, None], "relative": nothing, "p": None}
     cim = facts["methods"]["cim"] | {"against": {"sft": {"all_f1": undefined}}}
     cim["metrics"] = dict.fromkeys(cim["metrics"], undefined)
     methods = {method: cim if method == "cim" else own for method, own in facts["methods"].items()}
@@ -531,13 +545,23 @@ def test_a_difference_that_is_undefined_leaves_a_claim_open(results):
 
 def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    results = tmp_path / "results"
-    text = findings.readme(results, "tiny")
-    assert text == findings.readme(results, "tiny")
+    results, params = tmp_path / "results", read_params(ROOT / "params.yaml")
+    text = findings.readme(results, params)
+    assert text == findings.readme(results, params)
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert "correlation/levels.png" in links
     assert all((results / link).is_file() for link in links)
+    # The study's seeds count for runs of its parameters only.
+    assert findings.best_evaluation(results, params) == results / "study" / "evaluate"
+    changed = params | {"reward": params["reward"] | {"beta": 0.0}}
+    study = params | {"results": {"profile": "study"}}
+    for own in (changed, study):
+        assert findings.best_evaluation(results, own) == results / "evaluate"
     assert "study/evaluate" in text
+    # A stage of published studies that once ran here is not of this page; nor is a study of the user's own.
+    shutil.copytree(results / "labels-study" / "labels", results / "labels")
+    shutil.copytree(results / "labels-study", results / "mine-study")
+    assert findings.readme(results, params) == text
     assert "flickr8k-judgements/correlation/levels.png" in links
     folder = results / "weak-study" / "ablation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -548,14 +572,14 @@ def test_the_page_of_results_embeds_every_figure_that_exists(tmp_path):
         "kl_10,3,all_recall,0,0,0,0,0,0,x",
     ]
     (folder / "ablation.csv").write_text("\n".join([columns, *rows]))
-    text = findings.readme(results, "tiny")
+    text = findings.readme(results, params)
     [table] = re.findall(r"### `make weak`: by method\n\n((?:\|.*\n)+)", text)
     assert table.splitlines()[2:] == [
         "| CIM (GRC + QIR) | 3 | 70.0 [65.0, 75.0] | +0.0 [+0.0, +0.0] |",
         "| kl 10 | 3 | 80.0 [75.0, 85.0] | +10.0 [+5.0, +15.0] |",
     ]
     shutil.rmtree(results / "study")
-    alone = findings.readme(results, "tiny")
+    alone = findings.readme(results, params)
     assert "study/evaluate" not in alone
     assert tables.readme_table(results / "evaluate" / "metrics.json") in alone
 

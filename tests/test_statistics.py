@@ -86,6 +86,7 @@ def test_the_subject_is_compared_with_every_other_paired_by_image(rng):
     own, other = (found[name]["metrics"]["relation_recall"]["interval"] for name in ("cim", "grc"))
     assert own[0] < other[1]
     assert cell["interval"][0] > 0
+    assert cell["p"] < 0.001
     gained = found["cim"]["metrics"]["relation_recall"]
     assert against["base"]["relation_recall"]["interval"] == gained["gain_interval"]
     # Both are a constant times the same images' recall, so their ratio is 4 in every resample.
@@ -105,6 +106,19 @@ def test_seeds_that_differ_widen_the_interval(rng):
         low, high = found["metrics"]["relation_recall"]["interval"]
         width.append(high - low)
     assert width[1] > 1.5 * width[0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_error_of_a_mean_over_few_seeds_is_not_too_small(rng, n):
+    """Seeds that differ and images that do not: the standard error is s / sqrt(n), s with n - 1 in its denominator."""
+    of_seeds = rng.normal(10, 1, n)
+    counts = np.broadcast_to(of_seeds[:, None, None], (n, 4, 1))
+    bootstrap = statistics.Bootstrap(4, {"cim": n}, 20_000, rng)
+    found = bootstrap.estimates(
+        "cim", np.concatenate([counts, np.ones_like(counts)], 2), lambda s: {"m": s[..., 0] / s[..., 1]}
+    )
+    assert found["m"].value == pytest.approx(of_seeds.mean())
+    assert found["m"].samples.std() == pytest.approx(of_seeds.std(ddof=1) / np.sqrt(n), rel=0.03)
 
 
 def test_a_bootstrap_counts_images_and_seeds_as_drawn(rng):

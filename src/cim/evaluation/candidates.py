@@ -144,6 +144,8 @@ def choose_setting(
         pair = (values[rows].ravel() for values in (scores[model][name], quality[model]))
         return kendall_within(*pair, images, np.random.default_rng(seed), resamples)
 
-    best = max(settings, key=lambda name: np.mean([tau(model, name, chosen_on)["value"] for model in scores]))
+    # A model whose captions are all alike has no tau.
+    means = {name: pd.Series([tau(model, name, chosen_on)["value"] for model in scores]).mean() for name in settings}
+    best = max(settings, key=lambda name: np.nan_to_num(means[name], nan=-1))
     taus = {name: {model: tau(model, name, reported_on) for model in scores} for name in dict.fromkeys((best, "cim"))}
     return {"setting": best, "tau": taus}

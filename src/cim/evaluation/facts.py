@@ -81,7 +81,12 @@ def fact_counts(captions: Mapping[str, str], manifest: Manifest) -> pd.DataFrame
 
     Returns:
         Columns <fact>_<count> for FACTS x COUNTS, yes_right, yes_asked, no_right, no_asked, answered, words, one.
+
+    Raises:
+        CimError: where the scenes are not known.
     """
+    if not manifest.scenes_known:
+        raise CimError("facts are counted against scenes, which these images lack; set ablation.of and labels.of to []")
     truth = manifest.frame.sort_values("image_id")
     scenes, questions = truth["scene"].map(Scene.from_json), truth["questions"].map(json.loads)
     scores = score_captions([captions[i] for i in truth["image_id"]], scenes.tolist(), questions.tolist())
@@ -132,7 +137,7 @@ def evaluate(
     Returns:
         {method: {"seeds", "images", "metrics": {name: {"value", "interval", "gain", "gain_interval", "relative"}}}},
         where "relative" is the gain as a share of the first's, {"value", "interval"}; the subject's has "against":
-        {other method: {name: {"value", "interval"}}} too, how far it is above the other.
+        {other method: {name: {"value", "interval", "p"}}} too, how far it is above the other; p is not corrected.
     """
     tables = {method: np.stack([part.to_numpy() for part in runs.values()]) for method, runs in counts.items()}
     first, images = next(iter(tables)), next(iter(tables.values())).shape[1]
@@ -151,12 +156,12 @@ def evaluate(
             gain, relative = (estimates[name] - base).cell(), ((estimates[name] - base) / base).cell()
             cell |= {"gain": gain["value"], "gain_interval": gain["interval"], "relative": relative}
         out[method] = {"seeds": list(counts[method]), "images": images, "metrics": cells}
-        if method == subject:
-            out[method]["against"] = {
-                other: {name: (value - its[name]).cell() for name, value in estimates.items()}
-                for other, its in found.items()
-                if other != method
-            }
+    if subject in out:
+        out[subject]["against"] = {
+            other: {name: (d := value - its[name]).cell() | {"p": d.p()} for name, value in found[subject].items()}
+            for other, its in found.items()
+            if other != subject
+        }
     return out
 
 

@@ -40,7 +40,7 @@ def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
     sft = points.set_index("method").loc["sft"]
     known = [name for name in ("base", "cim", "cim_on_sft") if name in f1.index]
     known = [f"{label(name)} {with_interval(f1.loc[name])}" for name in known]
-    text = [f"F1 of all facts: {', '.join(known)}; SFT on all {sft['images']:,} images {with_interval(sft)}."]
+    text = [f"F1 of all facts: {', '.join(known)}; SFT on {sft['images']:,} images {with_interval(sft)}."]
     for level, own in points[points["slip_rate"] == sft["slip_rate"]].groupby("level", sort=False):
         first = overtakes(own)
         where = f"overtakes CIM with {first:,} labelled images" if first else "does not overtake CIM"
@@ -48,7 +48,7 @@ def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
     slips = points[(points["level"] == sft["level"]) & (points["images"] == sft["images"])]
     if len(slips) > 1:
         found = verdicts(slips, "slip_rate", "g")
-        text.append(f"By slip rate, with all images labelled by `{sft['level']}` annotators: {found}.")
+        text.append(f"By slip rate, with {sft['images']:,} images of `{sft['level']}` annotators: {found}.")
     return " ".join(text)
 
 

@@ -42,6 +42,8 @@ class Estimate(NamedTuple):
 class Bootstrap:
     """Resamples of images, which all methods share, and of each method's seeds, drawn in the order of `seeds`.
 
+    The interval of a method with one seed knows of images only.
+
     Args:
         images: how many images there are.
         seeds: method -> how many seeds it has.
@@ -49,7 +51,8 @@ class Bootstrap:
 
     def __init__(self, images: int, seeds: Mapping[str, int], resamples: int, rng: np.random.Generator):
         self.images = resample_weights(images, resamples, rng)
-        self.seeds = {method: resample_weights(n, resamples, rng) for method, n in seeds.items()}
+        # Of n seeds n - 1 are drawn, or the variance between few of them would come out at (n - 1) / n of what it is.
+        self.seeds = {m: resample_weights(n, resamples, rng, draws=max(n - 1, 1)) for m, n in seeds.items()}
 
     def estimates(
         self, method: str, counts: np.ndarray, metrics: Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -65,9 +68,9 @@ class Bootstrap:
         return {name: Estimate(value, samples[name]) for name, value in metrics(counts.sum((0, 1))).items()}
 
 
-def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """(resamples, n) how often each of n items is drawn in each bootstrap resample."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+def resample_weights(n: int, resamples: int, rng: np.random.Generator, draws: int | None = None) -> np.ndarray:
+    """(resamples, n) how often each of n items is drawn in each bootstrap resample of n or `draws` draws."""
+    return rng.multinomial(draws or n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
 def interval(samples: np.ndarray) -> list[float]:

@@ -5,7 +5,7 @@ from importlib import import_module
 from cim.errors import CimError
 from cim.params import read_params
 from cim.pipeline.notebooks import NOTEBOOKS, notebook_parameters, run_notebook
-from cim.pipeline.paths import ARTIFACTS
+from cim.pipeline.paths import ARTIFACTS, RESULTS
 
 MODULES = ("dataset", "encoder", "captioner", "captions", "site")
 STAGES = (*MODULES, *NOTEBOOKS)
@@ -16,7 +16,8 @@ def run(stage: str, training_run: str | None = None) -> None:
     from cim.pipeline.groups import check_params  # here, since the command line imports this module for STAGES
 
     check_params(params := read_params())
-    (ARTIFACTS / "train").mkdir(parents=True, exist_ok=True)  # stage captions reads it, without trained runs too
+    for folder in (ARTIFACTS, RESULTS):  # later stages read them, without trained runs too
+        (folder / "train").mkdir(parents=True, exist_ok=True)
     if stage in MODULES:
         import_module(f"cim.pipeline.{stage}").run(params)
         return

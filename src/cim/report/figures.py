@@ -65,14 +65,14 @@ def _panels(n: int, columns: int, width: float, height: float, **options) -> tup
     return figure, list(axes.flat[:n])
 
 
-def _error(cells: pd.DataFrame, value: str = "value") -> np.ndarray:
+def error_bars(cells: pd.DataFrame, value: str = "value") -> np.ndarray:
     """(2, n) lengths of the error bars of columns low and high."""
     return np.abs(cells[["low", "high"]].to_numpy(float).T - cells[value].to_numpy(float))
 
 
-def _points(ax: Axes, cells: pd.DataFrame, names: Iterable[str], shift: float = 0, **options) -> None:
+def points(ax: Axes, cells: pd.DataFrame, names: Iterable[str], shift: float = 0, **options) -> None:
     """Values with their intervals, a row each from the bottom, named at the left."""
-    ax.errorbar(cells["value"], np.arange(len(cells)) + shift, xerr=_error(cells), fmt="o", **options)
+    ax.errorbar(cells["value"], np.arange(len(cells)) + shift, xerr=error_bars(cells), fmt="o", **options)
     ax.set_yticks(range(len(cells)), [*names])
     ax.grid(axis="y", visible=False)
 
@@ -89,7 +89,7 @@ def levels_figure(levels: pd.DataFrame, title: str = "") -> Figure:
     for i, (ladder, score) in enumerate(product(ladders, scores)):
         part = levels[(levels["ladder"] == ladder) & (levels["score"] == score)].sort_values("level")
         row, column = divmod(i, len(scores))
-        axes[i].errorbar(part["level"], part["mean"], _error(part, "mean"), marker="o", color=f"C{row}", capsize=3)
+        axes[i].errorbar(part["level"], part["mean"], error_bars(part, "mean"), marker="o", color=f"C{row}", capsize=3)
         axes[i].set_xticks(part["level"], part["label"], rotation=40, ha="right", fontsize=8)
         axes[i].set_title(SCORE_LABELS[score] if row == 0 else "")
         axes[i].set_ylabel({"fineness": "finer →", "accuracy": "more accurate →"}[ladder] if column == 0 else "")
@@ -104,7 +104,7 @@ def follows_figure(follows: pd.DataFrame) -> Figure:
     for ax, (ladder, part) in zip(axes, ladders.items(), strict=True):
         part = part.iloc[::-1]
         ax.axvline(0, color="0.6", lw=1)
-        ax.errorbar(part["value"], part["score"].map(SCORE_LABELS), xerr=_error(part), fmt="o", capsize=3)
+        ax.errorbar(part["value"], part["score"].map(SCORE_LABELS), xerr=error_bars(part), fmt="o", capsize=3)
         ax.set_title({"model": "base model's captions"}.get(ladder, ladder))
         ax.set(xlim=(-1.05, 1.05), ylim=(-0.5, len(part) - 0.5), xlabel="Spearman with quality")
     return figure
@@ -173,7 +173,7 @@ def relations_figure(relations: Mapping[str, Mapping]) -> Figure:
         cells = long_table({method: {name: relations[method][name]["exact"] for name in names}})
         shift = 0.7 * (0.5 - (i + 0.5) / len(methods))
         shown = [f"{name} ({stated[name]})" for name in names]
-        _points(ax, cells, shown, shift, ms=4, color=color(method), label=label(method))
+        points(ax, cells, shown, shift, ms=4, color=color(method), label=label(method))
     ax.set(xlabel="recall", xlim=(-0.02, 1.02))
     _legend(ax)
     return figure
@@ -192,7 +192,7 @@ def length_figure(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         for method in methods:
             x, y = cells.loc[[(method, "words")]], cells.loc[[(method, metric)]]
             options = {"fmt": "o", "color": color(method), "label": label(method)}
-            ax.errorbar(x["value"], y["value"], xerr=_error(x), yerr=_error(y), **options)
+            ax.errorbar(x["value"], y["value"], xerr=error_bars(x), yerr=error_bars(y), **options)
         ax.set(title=TITLES[metric], xlabel="words a caption")
     _legend(axes[-1])
     return figure
@@ -210,7 +210,7 @@ def agreement_figure(table: pd.DataFrame, measure: str) -> Figure:
     for ax, model in zip(axes, models, strict=True):
         for metric, name, shift in (("tau", "Kendall's tau", 0.12), ("pearson", "Pearson", -0.12)):
             part = table[(table["model"] == model) & (table["metric"] == metric)].set_index("score").loc[scores]
-            _points(ax, part, map(score_label, scores), shift, capsize=2, ms=4, label=name)
+            points(ax, part, map(score_label, scores), shift, capsize=2, ms=4, label=name)
         ax.axvline(0, color="0.6", lw=1)
         ax.set(title=f"captions of {model}", xlabel=f"with {measure}")
         ax.tick_params(labelbottom=True)
@@ -230,7 +230,7 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     for ax, metric in zip(axes, metrics, strict=True):
         part = 100 * table[table["metric"] == metric].set_index("method").loc[methods].filter(like="difference")
         part.columns = ["value", "low", "high"]
-        _points(ax, part, map(label, methods), capsize=2, ms=4)
+        points(ax, part, map(label, methods), capsize=2, ms=4)
         ax.axvline(0, color="0.6", lw=1)
         ax.set(title=TITLES[metric], xlabel="points above CIM", ylim=(-0.5, len(part) - 0.5))
     return figure

@@ -1,21 +1,26 @@
 """What the results say: claims checked against them, and text whose numbers come from the metrics files."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cim.evaluation.statistics import side, with_interval
+from cim.evaluation.statistics import holm, side, with_interval
 from cim.files import read_json
+from cim.params import read_params
 from cim.report.pages import render
 from cim.report.tables import KINDS, capture_table, in_mode, markdown, readme_table, tau, text, trained_method
 from cim.runs import label
 
 UNDECIDED = "undecided"
-RIVALS = ("grc", "qir", "sft", "self_retrieval", "clipscore")
-CLAIMED = {"grc": ("fineness",), "qir": ("accuracy",), "cim": ("fineness", "accuracy")}
+PAPER, OURS = "paper", "ours"  # who makes a claim
+RIVALS = {"grc": PAPER, "qir": PAPER, "sft": PAPER, "self_retrieval": OURS, "clipscore": OURS}
+CLAIMED = {"grc": "fineness", "qir": "accuracy"}
+# Groups of parameters that two runs share whose results are of the same thing.
+STUDIED = ("captioner", "dataset", "encoder", "encoders", "gallery", "model", "reward", "sft", "train")
 PRECISION = [f"{kind}_precision" for kind in KINDS]
 FIGURES = {
     "gallery/density": "how similar a gallery image's nearest neighbours are",
@@ -50,12 +55,15 @@ COMMANDS = {
     "flickr8k-judgements": "make photos DATA=folder",
     "flickr8k": "make photos-train DATA=folder",
 }
+PUBLISHED = ("judgements", "labels", "ablation")  # stages that the default run leaves out
 
 
-def best_evaluation(results: Path, profile: str) -> Path:
-    """The folder of the evaluation with most seeds: the study's in its own profile, else the pipeline's."""
-    study = results / "study" / "evaluate"
-    return study if profile == "tiny" and study.is_dir() else results / "evaluate"
+def best_evaluation(results: Path, params: Mapping) -> Path:
+    """The folder of the evaluation with most seeds: the published study's, if it is of these parameters, else ours."""
+    study = results / "study"
+    published = read_params(study / "params.yaml") if study.is_dir() else params
+    same = all(published[group] == params[group] for group in STUDIED) and published["results"] != params["results"]
+    return (study if same else results) / "evaluate"
 
 
 def read_evaluation(folder: Path) -> tuple[dict, dict]:
@@ -72,7 +80,7 @@ def verdicts(correlation: Mapping) -> pd.DataFrame:
     for ladder, scores in correlation["spearman"].items():
         for score, cell in scores.items() if ladder != "model" else ():
             holds = "no" if cell["down"] else "yes" if cell["up"] == cell["steps"] else UNDECIDED
-            claimed, measured = ladder in CLAIMED.get(score, ()), f"{cell['up']} of {cell['steps']} steps up"
+            claimed, measured = CLAIMED.get(score) == ladder, f"{cell['up']} of {cell['steps']} steps up"
             rows.append((score, ladder, measured, claimed, holds))
     return pd.DataFrame(rows, columns=["score", "ladder", "measured", "claimed", "verdict"])
 
@@ -83,9 +91,9 @@ def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
 
 
 def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]:
-    """The paper's claims that these results can test: "claim", what was "measured" and the "verdict"."""
+    """What these results can test: "claim", its "source" (paper or ours), what was "measured" and the "verdict"."""
     rows = [
-        (f"{r.score.upper()} rises with {r.ladder}", r.measured, r.verdict)
+        (f"{r.score.upper()} rises with {r.ladder}", PAPER, r.measured, r.verdict)
         for r in verdicts(correlation).query("claimed").itertuples()
     ]
     compared, strict, counted = _compared(capture, "cim"), in_mode(capture, "strict"), _counted(facts)
@@ -93,27 +101,29 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
         if row := compared.get(name):
             claim = f"CIM raises {title} (strict), p < 0.05 after Holm's correction"
             holds = verdict(row["interval"]) if row["p_holm"] < 0.05 else UNDECIDED
-            rows.append((claim, _change(strict, "cim", name), holds))
+            rows.append((claim, PAPER, _change(strict, "cim", name), holds))
     if "cim" in counted:
         cim = counted["cim"]
         for name, title in (("relation_recall", "relation recall"), ("qa_accuracy", "questions answered")):
             claim = f"CIM beats its base on {title}, counted"
-            rows.append((claim, _change(counted, "cim", name), verdict(cim[name]["gain_interval"])))
+            rows.append((claim, PAPER, _change(counted, "cim", name), verdict(cim[name]["gain_interval"])))
         relative = cim["relation_recall"]["relative"]
         measured = with_interval(relative, digits=0) + " %"
         holds = verdict(relative["interval"], 0.2)
-        rows.append(("relation recall, counted, gains at least 20 % relative", measured, holds))
+        rows.append(("relation recall, counted, gains at least 20 % relative", PAPER, measured, holds))
         for name in PRECISION:
             claim, low = f"{name.replace('_', ' ')}, counted, does not fall", cim[name]["gain_interval"][0]
             gain = with_interval({"value": cim[name]["gain"], "interval": cim[name]["gain_interval"]}, sign="+")
             measured = f"{_change(counted, 'cim', name)}: {gain}"
-            rows.append((claim, measured, "yes" if low == 0 else verdict(cim[name]["gain_interval"])))
-        for rival, cells in facts["methods"]["cim"].get("against", {}).items():
-            if rival in RIVALS:
-                paired, pair = cells["all_f1"], (text("all_f1", own["all_f1"]) for own in (cim, counted[rival]))
-                measured = f"{' against '.join(pair)}: {with_interval(paired, sign='+')}"
-                rows.append((f"CIM beats {label(rival)} on F1 of all facts", measured, verdict(paired["interval"])))
-    return [{"claim": claim, "measured": measured, "verdict": verdict} for claim, measured, verdict in rows]
+            rows.append((claim, OURS, measured, "yes" if low == 0 else verdict(cim[name]["gain_interval"])))
+        against = facts["methods"]["cim"].get("against", {})
+        rivals = {rival: against[rival]["all_f1"] for rival in RIVALS if rival in against}
+        for (rival, paired), p in zip(rivals.items(), holm([cell["p"] for cell in rivals.values()]), strict=True):
+            pair = (text("all_f1", own["all_f1"]) for own in (cim, counted[rival]))
+            measured = f"{' against '.join(pair)}: {with_interval(paired, sign='+')}, p = {p:.2g}"
+            claim = f"CIM beats {label(rival)} on F1 of all facts, p < 0.05 after Holm's correction"
+            rows.append((claim, RIVALS[rival], measured, verdict(paired["interval"]) if p < 0.05 else UNDECIDED))
+    return [dict(zip(("claim", "source", "measured", "verdict"), row, strict=True)) for row in rows]
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -125,7 +135,7 @@ def correlation_findings(correlation: Mapping) -> str:
     """What stage correlation found, in three to six sentences."""
     rows = verdicts(correlation).to_dict("records")
     held = _by_verdict([row for row in rows if row["claimed"]])
-    other = [row for row in rows if not row["claimed"] and row["score"] == "grc"]
+    other = [row for row in rows if not row["claimed"] and row["score"] in ("grc", "cim")]
     return _sentences("correlation.md", **correlation, **held, other=other, tau=tau)
 
 
@@ -165,7 +175,8 @@ def samples_findings(table: pd.DataFrame, measure: str, attacked: pd.DataFrame, 
         cells = dict(rows.set_index(["score", "metric"]).iterrows())
         most = max(int(metric.removeprefix("gain_")) for _, metric in cells if metric.startswith("gain_"))
         scores = [score for score in rows["score"].unique() if score != "quality"]
-        models[model] = max(scores, key=lambda score: cells[score, "tau"]["value"]), most, cells
+        best = max(scores, key=lambda score: np.nan_to_num(cells[score, "tau"]["value"], nan=-1))
+        models[model] = best, most, cells
     worst = attacked[attacked["attack"] != "honest"].sort_values("share").groupby("score").last().sort_values("share")
     values = {"models": models, "measure": measure, "chosen": chosen, "worst": list(worst.itertuples())}
     return _sentences("samples.md", **values, number=with_interval)
@@ -194,8 +205,9 @@ def judgement_findings(cells: Mapping[str, Mapping[str, Mapping[str, Mapping]]],
 def claims_findings(rows: Sequence[Mapping], capture: Mapping) -> str:
     """How many claims hold, which do not and which are open, and what the trained method gained, in a few sentences."""
     method, strict = trained_method(capture["methods"]), in_mode(capture, "strict")
-    changes = {name: _change(strict, method, name) for name in ("capture", "words")}
-    return _sentences("claims.md", count=len(rows), **_by_verdict(rows), label=label(method), **changes)
+    changes = {name: _change(strict, method, name) for name in ("capture", "words")} if method != "base" else {}
+    of = {source: [row for row in rows if row["source"] == source] for source in (PAPER, OURS)}
+    return _sentences("claims.md", of=of, **_by_verdict(rows), label=label(method), **changes)
 
 
 def _by_verdict(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
@@ -211,30 +223,31 @@ def comparison_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(shown).set_index(table["method"].map(label))
 
 
-def readme(results: Path, profile: str) -> str:
+def readme(results: Path, params: Mapping) -> str:
     """The text of results/README.md: tables, claims, figures, and the stage and command that made each."""
-    best = best_evaluation(results, profile)
+    best = best_evaluation(results, params)
     facts, capture = read_evaluation(best)
     correlation = read_json(results / "correlation" / "metrics.json")
     figures: dict[str, list] = {command: [] for command in COMMANDS.values()}
     for (name, command), (key, caption) in ((c, f) for c in COMMANDS.items() for f in FIGURES.items()):
         stage, stem = key.split("/")
-        if name and stage == "train":  # a study has a curve for each of its many runs
+        # A study has a curve for each of its many runs, and only published folders have stages of their own.
+        if stage in (("train",) if name else PUBLISHED):
             continue
         paths = sorted((results / name / stage).glob(f"{stem}.png"))
         figures[command] += [(path.relative_to(results), caption, stage) for path in paths]
     checked = pd.DataFrame(claims(correlation, facts, capture)).set_index("claim")
     return render(
         "results.md",
-        profile=profile,
+        profile=params["results"]["profile"],
         folder=best.relative_to(results),
         table=readme_table(best / "metrics.json") if facts["methods"] else markdown(capture_table(capture, "strict")),
         findings=[correlation_findings(correlation), evaluation_findings(facts, capture)],
         claims=markdown(checked.replace({"verdict": {"no": "**no**"}})),
         compared={
-            COMMANDS[path.parts[-3]]: markdown(comparison_table(path))
-            for stage in ("labels", "ablation")
-            for path in sorted(results.glob(f"*-study/{stage}/{stage}.csv"))
+            command: markdown(comparison_table(path))
+            for (name, command), stage in product(COMMANDS.items(), ("labels", "ablation"))
+            if name and (path := results / name / stage / f"{stage}.csv").is_file()
         },
         figures=figures,
     )
