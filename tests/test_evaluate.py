@@ -435,7 +435,11 @@ def test_tables_of_the_committed_results(results):
     assert set(tables.metric_table(capture).index.get_level_values("score")) == {"grc", "qir", "cim", "words"}
     assert (tables.comparison_table(capture)["p (Holm)"] <= 1).all()
     assert tables.correlation_table(correlation).loc[("fineness", "grc"), "steps"].endswith(", 0 down of 5")
-    assert "reported in the paper" in tables.paper_table(capture).index
+    paper = tables.paper_table(capture)
+    assert "reported in the paper" in paper.index
+    assert paper["relation QA"].iloc[-1] == f"{100 * capture['questions']['cim']['accuracy']:.1f} (all questions)"
+    assert tables.paper_table({**capture, "questions": {}})["relation QA"].iloc[-1] == ""
+    assert tables.facts_table({"methods": {}, "always_yes": {}}).empty
 
 
 def test_the_summary_for_dvc_is_short(results):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ from cim.pipeline import site
 from cim.report.explore import Explorer
 from cim.train import grpo
 from conftest import ROOT
+from test_judgements import expert_files
 
 
 @pytest.fixture
@@ -124,6 +126,42 @@ def test_the_ablation_notebook_compares_variants_with_cim(run_by_hand, workspace
     (folder / "cim-0.json").unlink()
     with pytest.raises(CimError, match="no captions of method cim"):
         run_by_hand("ablation", of=["test"])
+
+
+@pytest.mark.slow
+def test_the_judgements_notebook_chooses_on_one_half(run_by_hand, workspace, world, wordnet):
+    """On images whose own captions people prefer, by a grid with a K beyond the gallery and one with no such K."""
+    test, folder = world.split("test"), workspace / "judged"
+    (folder / "Images").mkdir(parents=True)
+    names = [f"{1000 + i}_abc.jpg" for i in range(len(test))]
+    for name, path in zip(names, test.image_paths, strict=True):
+        (folder / "Images" / name).write_bytes(path.read_bytes())
+    expert_files(folder, names, test.captions)
+    crowd = [f"{a}\t{b}#0\t{(i % 4) / 3}\t{i % 4}\t{3 - i % 4}" for i, (a, b) in enumerate(permutations(names, 2))]
+    (folder / "CrowdFlowerAnnotations.txt").write_text("\n".join(crowd) + "\n")
+    grid = {"ks": [1, 3, 200, 100_000], "decays": [0.5, 1.0], "temperatures": [0.1], "whitens": [0.0, 0.5]}
+    encoders = yaml.safe_load((workspace / "params.yaml").read_text())["encoders"]
+    captured = run_by_hand(
+        "judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, resamples=20, sizes=[50, 1000], **grid
+    )
+    gallery = len(world.split("pretrain", "train"))
+    out = workspace / "results/judgements"
+    table = pd.read_csv(out / "grid.csv")
+    # K beyond the gallery is all of it, once.
+    assert table.groupby("whiten").size().tolist() == [9, 9]
+    best = table.loc[table["mean"].idxmax()]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["chosen"]["k"], metrics["chosen"]["whiten"]) == (best["k"], best["whiten"])
+    assert metrics["gallery_images"] == gallery
+    assert pd.read_csv(out / "size.csv")["gallery images"].unique().tolist() == [50, gallery]
+    assert {path.stem for path in out.glob("*.png")} == {"k", "temperature", "beta", "size", "agreement"}
+    assert set(metrics["annotators"]) == {"objects", "facts", "contradictions"}
+    assert "on Expert" in shown(captured, "text/markdown")[-1]
+    (out / "temperature.png").unlink()
+    run_by_hand("judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, resamples=20, **grid | {"ks": [3]})
+    assert not (out / "temperature.png").exists()
+    with pytest.raises(CimError, match=r"judgements\.of: empty"):
+        run_by_hand("judgements")
 
 
 @pytest.mark.slow

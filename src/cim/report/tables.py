@@ -172,7 +172,7 @@ def paper_table(capture: Mapping) -> pd.DataFrame:
             own["relation QA"] = f"{100 * after:.1f} (all questions)"
             own["relation QA gain"] = f"{100 * (after - before):+.1f} (all questions)"
         rows.append(pd.DataFrame([own]))
-    return pd.concat(rows).fillna("").set_index(["source", "model"])
+    return pd.concat(rows).astype(object).fillna("").set_index(["source", "model"])
 
 
 def trained_method(methods: Iterable[str]) -> str:
