@@ -179,7 +179,7 @@ def test_findings_name_the_frontier(counts):
         "With `usual` annotators SFT overtakes CIM with 16 labelled images (not distinguishable at 4; above at 16)."
         in text
     )
-    assert "By slip rate, with all images labelled by `usual` annotators: above at 0 and 0.1." in text
+    assert "By slip rate, with 16 images of `usual` annotators: above at 0 and 0.1." in text
     assert text.startswith("F1 of all facts: base ")
 
 

@@ -35,7 +35,8 @@ class Estimate(NamedTuple):
 
         It knows of what was resampled, images and seeds, and is not bounded by the number of resamples.
         """
-        error = np.nanstd(self.samples)
+        known = self.samples[~np.isnan(self.samples)]
+        error = known.std() if len(known) else np.nan
         return float(2 * norm.sf(abs(self.value) / error)) if error else float(self.value == 0)
 
 
