@@ -531,6 +531,7 @@ def test_claims_about_rivals_are_corrected_for_their_number(results, interval, p
     assert claim["verdict"] == says
     assert f"{100 * interval[0]:+.1f}" in claim["measured"]
     assert f"p = {2 * p if p < 0.5 else 1:.2g}" in claim["measured"]
+    assert tables.p_value(0.0009) == "p < 0.001"
 
 
 def test_a_difference_that_is_undefined_leaves_a_claim_open(results):

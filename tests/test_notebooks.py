@@ -158,7 +158,9 @@ def test_the_judgements_notebook_chooses_on_one_half(run_by_hand, workspace, wor
     assert set(metrics["annotators"]) == {"objects", "facts", "contradictions"}
     assert "on Expert" in shown(captured, "text/markdown")[-1]
     (out / "temperature.png").unlink()
-    run_by_hand("judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, resamples=20, **grid | {"ks": [3]})
+    run_by_hand(
+        "judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, resamples=20, **grid | {"ks": [3]}
+    )
     assert not (out / "temperature.png").exists()
     with pytest.raises(CimError, match=r"judgements\.of: empty"):
         run_by_hand("judgements")

@@ -12,7 +12,7 @@ from cim.evaluation.statistics import holm, side, with_interval
 from cim.files import read_json
 from cim.params import read_params
 from cim.report.pages import render
-from cim.report.tables import KINDS, capture_table, in_mode, markdown, readme_table, tau, text, trained_method
+from cim.report.tables import KINDS, capture_table, in_mode, markdown, p_value, readme_table, tau, text, trained_method
 from cim.runs import label
 
 UNDECIDED = "undecided"
@@ -120,7 +120,7 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
         rivals = {rival: against[rival]["all_f1"] for rival in RIVALS if rival in against}
         for (rival, paired), p in zip(rivals.items(), holm([cell["p"] for cell in rivals.values()]), strict=True):
             pair = (text("all_f1", own["all_f1"]) for own in (cim, counted[rival]))
-            measured = f"{' against '.join(pair)}: {with_interval(paired, sign='+')}, p = {p:.2g}"
+            measured = f"{' against '.join(pair)}: {with_interval(paired, sign='+')}, {p_value(p)}"
             claim = f"CIM beats {label(rival)} on F1 of all facts, p < 0.05 after Holm's correction"
             rows.append((claim, RIVALS[rival], measured, verdict(paired["interval"]) if p < 0.05 else UNDECIDED))
     return [dict(zip(("claim", "source", "measured", "verdict"), row, strict=True)) for row in rows]
@@ -153,6 +153,7 @@ def evaluation_findings(facts: Mapping, capture: Mapping) -> str:
         label=label(method) if method != "base" else None,
         capture=_change(strict, method, "capture"),
         comparison=compared.get("capture"),
+        p_value=p_value,
         counted=bool(counted),
         relations=_change(counted or strict, method, "relation_recall"),
         questions=_change(counted, method, "qa_accuracy") if counted else None,

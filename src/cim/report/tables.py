@@ -53,6 +53,11 @@ def tau(cell: Mapping) -> str:
     return with_interval(cell, 1, 2, "n/a: it does not vary")
 
 
+def p_value(p: float) -> str:
+    """A p value with two digits, as in p = 0.13, or p < 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 def long_table(methods: Mapping[str, Mapping[str, Mapping]]) -> pd.DataFrame:
     """Columns method, metric, value, low, high of {method: {metric: {"value", "interval"}}}, for figures."""
     rows = [(m, name, c["value"], *c["interval"]) for m, cells in methods.items() for name, c in cells.items()]
