@@ -130,7 +130,7 @@ def test_the_ablation_notebook_compares_variants_with_cim(run_by_hand, workspace
 
 @pytest.mark.slow
 def test_the_judgements_notebook_chooses_on_one_half(run_by_hand, workspace, world, wordnet):
-    """On images whose own captions people prefer, by a grid with a K beyond the gallery and one with no such K."""
+    """By a grid with two numbers K beyond the gallery, which are one."""
     test, folder = world.split("test"), workspace / "judged"
     (folder / "Images").mkdir(parents=True)
     names = [f"{1000 + i}_abc.jpg" for i in range(len(test))]
@@ -140,10 +140,9 @@ def test_the_judgements_notebook_chooses_on_one_half(run_by_hand, workspace, wor
     crowd = [f"{a}\t{b}#0\t{(i % 4) / 3}\t{i % 4}\t{3 - i % 4}" for i, (a, b) in enumerate(permutations(names, 2))]
     (folder / "CrowdFlowerAnnotations.txt").write_text("\n".join(crowd) + "\n")
     grid = {"ks": [1, 3, 200, 100_000], "decays": [0.5, 1.0], "temperatures": [0.1], "whitens": [0.0, 0.5]}
+    less = {"settings": {"centred": {"center": True}}, "sizes": [50, 1000], "resamples": 20}
     encoders = yaml.safe_load((workspace / "params.yaml").read_text())["encoders"]
-    captured = run_by_hand(
-        "judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, resamples=20, sizes=[50, 1000], **grid
-    )
+    captured = run_by_hand("judgements", of=["flickr8k"], folder=str(folder), encoders=encoders, **less, **grid)
     gallery = len(world.split("pretrain", "train"))
     out = workspace / "results/judgements"
     table = pd.read_csv(out / "grid.csv")
