@@ -121,8 +121,8 @@ class Job:
             eval_dataset=validation, peft_config=trainable(s, self.model, self.model_settings.revision),
             callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete(), checkpoints.EpochOrder()], **parts,
         )  # fmt: skip
-        # The ranks of a sharded tower must all run it, and TRL's reference pass switches a tower's adapters off.
-        if c.cache_vision and not self.sharded and (s.freeze_vision or not s.lora_rank):
+        # The ranks of a sharded tower must all run it.
+        if c.cache_vision and s.freeze_vision and not self.sharded:
             for model in filter(None, (self.model, getattr(trainer, "ref_model", None))):
                 cache_vision(model)
         return trainer
