@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cim.captioners.generate import caption_images
-from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model
+from cim.captioners.generate import caption_images, sample_captions
+from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model, prompt_inputs
 from cim.data.annotators import written_captions
 from cim.errors import CimError
 from cim.fastvlm import END, IMAGE
@@ -78,6 +78,30 @@ def test_the_captioner_is_saved_and_loaded_like_any_model(captioner_folder, worl
     assert any(captions)
     # The batch does not matter, padding included.
     assert caption_images(model, processor, test, at(captioner_folder), 16, batch=3, progress=False) == captions
+
+
+def test_likelihoods_are_those_of_the_models_own_logits(captioner_folder, world):
+    """Which `generate` can return, if there is memory for those of all steps; a penalty of its own changes none."""
+    model, processor = load_model(at(captioner_folder))
+    model.generation_config.repetition_penalty = 1.3
+    end = processor.tokenizer.eos_token_id
+    images = world.split("test").take(range(4))
+    sampled = sample_captions(model, processor, images, at(captioner_folder), 3, 12, seed=5, batch=2, progress=False)
+    torch.manual_seed(5)
+    likelihoods = []
+    for rows in ([0, 1], [2, 3]):
+        part = images.take(rows)
+        inputs = prompt_inputs(processor, [open_image(path) for path in part.image_paths], at(captioner_folder))
+        out = model.generate(
+            **inputs.to(model.device), max_new_tokens=12, do_sample=True, top_k=0, num_return_sequences=3,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        answers = out.sequences[:, inputs["input_ids"].shape[1] :]
+        chosen = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, answers[..., None])[..., 0].tolist()
+        for row, answer in zip(chosen, answers.tolist(), strict=True):
+            said = answer.index(end) + 1 if end in answer else len(answer)
+            likelihoods.append(np.mean(row[:said]))
+    assert sampled["likelihood"].tolist() == pytest.approx(likelihoods, abs=1e-6)
 
 
 def test_its_vision_tower_is_the_encoders_trunk(captioner_folder, encoder_folder):
