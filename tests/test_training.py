@@ -311,7 +311,7 @@ def test_the_published_batches_in_trls_terms():
     params = compose(["profile=paper"], ROOT / "conf")
     s, compute = group(TrainSettings, params["train"], "train"), group(ComputeSettings, params["compute"], "compute")
     batches = grpo_batches(s, compute.per_device, 6500, 8)
-    assert batches.captions == batches.per_device * 8 * batches.accumulation == 64 * 5
+    assert batches.per_device * 8 * batches.accumulation == 64 * 5
     assert s.updates_per_rollout == 4
     assert batches.updates == 2 * (6500 // 256) * 4
     assert (s.lr, s.kl, s.group_size, s.max_completion, s.freeze_vision) == (1e-6, 0.001, 5, 1024, False)
