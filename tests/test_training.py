@@ -438,6 +438,8 @@ def test_the_plan_of_the_paper_on_its_machine_is_plausible():
         ("cim-0", {"train": {"validation": 16}}, "leaves none of the 16 images"),
         ("cim-0", {"train": {"split": "none"}}, "no split 'none'"),
         ("cim-0", {"compute": {"accelerate": "gone.yaml"}}, "compute.accelerate: gone.yaml"),
+        ("cim-0", {"train": {"lora_rank": 2, "lora_targets": "q_proj"}}, "train.lora_targets='q_proj' cannot be used"),
+        ("sft-0", {"train": {"lora_rank": 2, "lora_targets": "*q_proj"}}, "train.lora_targets='*q_proj' cannot"),
         ("cim_on_sft-0", {}, "starts from run 'sft-0', so train that first"),
     ],
 )
