@@ -18,12 +18,14 @@ from cim.images import open_image
 from cim.runs import parse_run
 from cim.train import __main__ as command
 from cim.train import job
-from cim.train.job import image_dataset
+from cim.train.job import Job, image_dataset
 from cim.train.log import StepLog
 from cim.train.reward import SampleLog
+from cim.train.sft import labels
 from cim.world.captioner import build_processor
 from cim.world.language import BACKGROUND_PHRASES, describe
-from cim.world.scenes import random_scene
+from cim.world.scenes import Scene, random_scene
+from cim.world.vocabulary import COLOURS
 from conftest import PROMPT, change, train
 
 
@@ -135,6 +137,15 @@ def test_a_missing_model_is_one_clear_error(tmp_path):
 
 def test_annotators_leave_out_and_slip(world):
     train_split = world.split("train")
+    true = [{item.colour for item in Scene.from_json(scene).objects} for scene in train_split.frame["scene"]]
+
+    def false_colours(slip_rate: float) -> int:
+        written = written_captions(train_split, {}, slip_rate, seed=0)
+        stated = [set(caption.split()) & set(COLOURS) for caption in written]
+        return sum(len(said - known) for said, known in zip(stated, true, strict=True))
+
+    assert false_colours(0.0) == 0
+    assert false_colours(0.5) > 4
     written = written_captions(train_split, {"colour": 0.0}, 0.0, seed=0)
     assert not any(colour in " ".join(written).split() for colour in ("red", "blue", "purple"))
     assert written_captions(train_split, {"colour": 0.0}, 0.0, seed=0) == written
@@ -177,7 +188,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(workspace, traine
     assert (train("cim-1") / "model.safetensors").read_bytes() != first.read_bytes()
 
 
-def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world):
+def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world, capsys):
     out = train("qir-0", train={"lora_rank": 4, "steps": 2})
     assert json.loads((out / "adapter_config.json").read_text())["target_modules"]
     changed = moved(captioner_folder, out)
@@ -185,14 +196,24 @@ def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world):
     assert not [name for name in changed if "vision_tower" in name]
     model, processor = load_model(at(out))
     assert len(caption_images(model, processor, world.split("test"), at(out), 8, progress=False)) == 8
+    assert not (out / "merged").exists()
+    capsys.readouterr()
+    train("qir-0", train={"merge": True})  # later: the kept adapter is merged
+    assert "kept: artifacts/train/qir-0" in capsys.readouterr().out
+    assert not moved(out, out / "merged")
     # A run with other parameters in the same folder leaves no adapter behind.
     out = train("qir-0", train={"lora_rank": 0})
     assert not (out / "adapter_config.json").exists()
+    assert not (out / "merged").exists()
     assert moved(captioner_folder, out)
 
 
 def test_sft_learns_its_captions(workspace):
-    assert [row["step"] for row in steps(train("sft_perfect-0"), "loss")] == [1, 2, 3]
+    params = change(sft={"slip_rate": 0.5, "annotators": {"colour": 0.0}})
+    perfect, usual = (Job(run, params, Path("artifacts")) for run in ("sft_perfect-3", "sft-3"))
+    assert labels(perfect, perfect.images) == perfect.images.captions
+    written = written_captions(usual.images, {"colour": 0.0}, 0.5, seed=3)
+    assert labels(usual, usual.images) == written != usual.images.captions
 
 
 def test_grpo_raises_the_reward(workspace, gallery):

@@ -27,7 +27,7 @@ class SharedSettings(Settings):
             on them is kept. 0 keeps the last step.
         save_every: updates between two checkpoints, and between two validations.
         lora_rank: 0 trains all weights.
-        merge: with LoRA, also write the merged weights.
+        merge: with LoRA, also write the merged weights; set later, it merges the kept adapter.
         optimizer: transformers' name for it, such as adamw_torch or paged_adamw_8bit.
     """
 
