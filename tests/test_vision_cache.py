@@ -10,7 +10,7 @@ from PIL import Image
 
 from cim import fastvlm
 from cim.captioners.models import ModelSettings, hold_batch_norm, prompt_inputs
-from cim.captioners.vision_cache import cache_vision, split_images
+from cim.captioners.vision_cache import cache_vision
 from conftest import PROMPT
 from standins import STANDINS
 
@@ -49,6 +49,7 @@ def count_calls(cache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_the_same_and_each_image_is_computed_once(name):
+    """Each image where the tower takes pixels alone; Qwen's also takes sizes, and SmolVLM's masks."""
     model, inputs = build(name)
 
     def outputs():
@@ -57,10 +58,8 @@ def test_outputs_and_gradients_are_the_same_and_each_image_is_computed_once(name
         logits.square().mean().backward()
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
-    # Convolutions of a batch and of one image may differ in the last bit, and so do products with the patches of all
-    # images (Qwen) on some processors; `test_changed_weights...` compares exactly.
-    rounded = name == "fastvlm" or name.startswith("qwen")
-    same = partial(torch.allclose, atol=1e-5) if rounded else torch.equal
+    # Convolutions of a batch and of one image may differ in the last bit.
+    same = partial(torch.allclose, atol=1e-5) if name == "fastvlm" else torch.equal
     expected, gradients = outputs()
     calls = count_calls(cache_vision(model, 2**24))
     with torch.inference_mode():  # as in sampling: what it keeps must serve training
@@ -70,25 +69,27 @@ def test_outputs_and_gradients_are_the_same_and_each_image_is_computed_once(name
         assert same(logits, expected)
         assert len(gradients) == len(found) > 0
         assert all(map(same, gradients, found))
-    pixels = {call.contiguous().numpy().tobytes() for call in calls}
-    assert len(calls) == len(pixels)  # no image twice
-    assert len(calls) >= 3
+    if name in ("fastvlm", "llava", "internvl"):
+        pixels = {call.contiguous().numpy().tobytes() for call in calls}
+        assert len(calls) == len(pixels) >= 3  # no image twice
+    else:
+        assert len(calls) == 3  # one for all images
 
 
-def test_memory_is_bounded_and_the_least_recently_used_image_is_dropped():
+def test_memory_is_bounded():
     model, inputs = build("fastvlm")
     images = inputs["pixel_values"][[0, 1, 3]].split(1)
     tower = model.model.vision_tower
     size = tower(images[0]).last_hidden_state.nbytes
     cache = cache_vision(model, 2 * size)
     calls = count_calls(cache)
-    for i, computed in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+    for i, computed in ((0, 1), (1, 2), (0, 2), (1, 2), (2, 3), (0, 4), (2, 5), (0, 5)):  # the third image drops all
         tower(images[i])
         assert len(calls) == computed, i
         assert cache.bytes <= 2 * size
 
 
-def test_changed_weights_and_precision_are_computed_anew():
+def test_each_precision_and_image_has_its_own_features():
     model, inputs = build("fastvlm")
     pixels, tower = inputs["pixel_values"][:1], model.model.vision_tower
     plain = tower.forward
@@ -98,25 +99,10 @@ def test_changed_weights_and_precision_are_computed_anew():
         assert torch.equal(tower(pixels).last_hidden_state, plain(pixels).last_hidden_state)
 
     check()
-    with torch.no_grad():
-        next(tower.parameters()).mul_(1.1)
-    check()
-    tower.load_state_dict({name: value * 0.9 for name, value in tower.state_dict().items()})
-    check()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check()
     pixels = pixels + 1e-3
     check()
-
-
-def test_a_tower_that_is_trained_gets_its_gradients():
-    model, inputs = build("fastvlm")
-    model.requires_grad_(True)
-    cache_vision(model, 2**24)
-    for _ in range(2):
-        model.zero_grad()
-        model(**inputs).logits.square().mean().backward()
-        assert all(p.grad is not None for p in model.model.vision_tower.parameters())
 
 
 def test_outputs_may_be_changed_by_the_caller():
@@ -126,23 +112,6 @@ def test_outputs_may_be_changed_by_the_caller():
     first = tower(inputs["pixel_values"][:1])
     first.last_hidden_state.zero_()
     assert tower(inputs["pixel_values"][:1]).last_hidden_state.any()
-
-
-@pytest.mark.parametrize(
-    ("pixels", "options", "sizes"),
-    [
-        ((3, 3, 8, 8), {"output_hidden_states": True}, [1, 1, 1]),
-        ((10, 6), {"grid_thw": torch.tensor([[1, 2, 3], [1, 2, 2]])}, [6, 4]),
-        ((2, 3, 8, 8), {"patch_attention_mask": torch.ones(2, 4, 4)}, [1, 1]),
-        ((2, 3, 8, 8), {"image_sizes": torch.ones(2, 2)}, None),  # Pixtral: all patches of a batch in one row
-        ((2, 3, 8, 8), {"bool_masked_pos": [1, 2]}, None),
-    ],
-)
-def test_splitting(pixels, options, sizes):
-    parts = split_images(torch.zeros(pixels), options)
-    assert (parts and [len(image) for image, _ in parts]) == sizes
-    for _, alone in parts or []:
-        assert all(len(v) == 1 for v in alone.values() if isinstance(v, torch.Tensor))
 
 
 def test_a_model_without_a_vision_tower_is_left_alone():

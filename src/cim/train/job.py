@@ -25,6 +25,7 @@ from cim.errors import CimError
 from cim.files import read_json, short_digest, write_json
 from cim.images import open_image
 from cim.params import group
+from cim.processes import processes
 from cim.runs import ON_SFT, SFT_METHODS, parse_run, with_variant
 from cim.train import checkpoints
 from cim.train.batches import Batches
@@ -44,7 +45,8 @@ class Job:
         objective: the reward, or the SFT method, that it trains with.
         sft: the `sft` group of an SFT run, else None.
         images, validation: the training split, and the part of it that is held out to choose a checkpoint by.
-        distributed: accelerate's distributed type; DEEPSPEED and FSDP divide the weights among the processes.
+        distributed: accelerate's distributed type; DEEPSPEED and FSDP divide the weights among the processes (sharded).
+        plain: whether `model` holds the whole weights that are trained: neither divided nor an adapter's base.
         out, checkpoints: folders of the trained model, and of checkpoints by the digest of the run's inputs.
 
     Raises:
@@ -74,6 +76,7 @@ class Job:
         launched = (kind for kind in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true")
         self.distributed = distributed or next(launched, "NO")
         self.sharded = self.distributed in ("DEEPSPEED", "FSDP")
+        self.plain = not self.sharded and not self.settings.lora_rank
         check_possible(self.settings, self.compute, self.model_settings, self.distributed)
         labelled = self.sft and self.sft.images
         self.images, self.validation = training_images(artifacts, self.settings, labelled, self.seed)
@@ -109,7 +112,7 @@ class Job:
             "run_name": self.run, "report_to": c.log_to or "none", "logging_steps": 1, "disable_tqdm": True,
             "eval_strategy": "steps" if held_out else "no", "eval_steps": s.save_every,
             "metric_for_best_model": better, "greater_is_better": not better.endswith("loss"),
-            "load_best_model_at_end": held_out and self.sharded,  # else `_train` restores it
+            "load_best_model_at_end": held_out and not self.plain,  # else `_train` restores it
         }  # fmt: skip
         train, validation = (
             image_dataset(images, columns(images), self.model_settings.max_pixels) if len(images) else None
@@ -121,22 +124,23 @@ class Job:
             eval_dataset=validation, peft_config=trainable(s, self.model, self.model_settings.revision),
             callbacks=[StepLog(c.warn_distinct), checkpoints.MarkComplete(), checkpoints.EpochOrder()], **parts,
         )  # fmt: skip
-        # The ranks of a sharded tower must all run it, and TRL's reference pass switches a tower's adapters off.
-        if c.cache_vision and not self.sharded and (s.freeze_vision or not s.lora_rank):
+        # The ranks of a sharded tower must all run it.
+        if c.cache_vision and s.freeze_vision and not self.sharded:
             for model in filter(None, (self.model, getattr(trainer, "ref_model", None))):
                 cache_vision(model)
         return trainer
 
     def train(self, make_trainer: Callable[[Path], Any], train: dict, **inputs) -> None:
-        """Train and save to `out`, unless the weights there were made from the same inputs.
+        """Train and save to `out`, unless the weights there were made from the same inputs; merge them where asked.
 
         Args:
             make_trainer: makes the trainer, given the folder for its checkpoints.
             train: the parameters of the `train` group that the method reads.
             inputs: its other inputs besides the base model and the images, as JSON values.
         """
-        if not len(self.validation):  # then it does not matter when checkpoints are written
-            train = {name: value for name, value in train.items() if name != "save_every"}
+        # Merging comes after training; without validation it does not matter when checkpoints are written.
+        unread = {"merge"} if len(self.validation) else {"merge", "save_every"}
+        train = {name: value for name, value in train.items() if name not in unread}
         model = self.model_settings.model_dump(include={"prompt", "dtype", "processor", "max_pixels"})
         inputs |= {"run": self.run, "objective": self.objective, "train": train}
         inputs |= {"weights": weights_digest(self.model), "model": model}
@@ -144,21 +148,22 @@ class Job:
         digest = short_digest(inputs)
         if (self.out / INPUTS).is_file() and read_json(self.out / INPUTS)["digest"] == digest:
             print(f"kept: {self.out} was trained from the same inputs ({digest})", flush=True)
-            return
-        folder = self.checkpoints / digest
-        resume = checkpoints.last_checkpoint(folder)
-        trainer = make_trainer(folder)
-        self._train(trainer, resume)
-        self._save(trainer, folder)
-        if trainer.accelerator.is_main_process:
-            write_json(self.out / INPUTS, {"digest": digest, "inputs": inputs})
-            shutil.rmtree(folder)
+        else:
+            folder = self.checkpoints / digest
+            resume = checkpoints.last_checkpoint(folder)
+            trainer = make_trainer(folder)
+            self._train(trainer, resume)
+            self._save(trainer, folder)
+            if trainer.accelerator.is_main_process:
+                write_json(self.out / INPUTS, {"digest": digest, "inputs": inputs})
+                shutil.rmtree(folder)
+        if processes().is_main_process:
+            self._merge()
 
     def _train(self, trainer, resume: str | None) -> None:
-        plain = not self.sharded and not self.settings.lora_rank
         if resume:
             print(f"resuming from {resume}", flush=True)
-            if plain:
+            if self.plain:
                 checkpoints.restore(self.model, resume)
                 trainer._load_from_checkpoint = lambda *args, **kwargs: None
             if Path(resume).name == f"checkpoint-{trainer.args.max_steps}":  # Trainer would train one step more
@@ -166,10 +171,8 @@ class Job:
         trainer.train(resume_from_checkpoint=resume)
         if best := trainer.state.best_model_checkpoint:
             print(f"kept: step {trainer.state.best_global_step}, the best on validation images", flush=True)
-            if plain:
+            if self.plain:
                 checkpoints.restore(self.model, best)
-            elif not self.sharded:
-                trainer._load_best_model()
 
     def _save(self, trainer, folder: Path) -> None:
         main = trainer.accelerator.is_main_process
@@ -183,11 +186,17 @@ class Job:
         write_json(self.out / "log.json", trainer.state.log_history, indent=0)
         if (folder / SAMPLES).is_file():
             shutil.copy(folder / SAMPLES, self.out / SAMPLES)
-        if self.settings.lora_rank and (self.settings.merge or self.method == "sft"):  # cim_on_sft starts from them
-            merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
-            merged.save_pretrained(self.out / MERGED)
-            self.processor.save_pretrained(self.out / MERGED)
         write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
+
+    def _merge(self) -> None:
+        """Write an adapter's merged weights where they are asked for and missing; cim_on_sft starts from sft's."""
+        wanted = self.settings.lora_rank and (self.settings.merge or self.method == "sft")
+        if wanted and not (self.out / MERGED).is_dir():
+            partial = self.out / f"{MERGED}.partial"
+            merged, _ = load_model(self.model_settings.at(self.out), device=torch.device("cpu"))
+            merged.save_pretrained(partial)
+            self.processor.save_pretrained(partial)
+            partial.rename(self.out / MERGED)
 
 
 def training_images(
@@ -217,10 +226,7 @@ def training_images(
 
 
 def check_possible(settings: TrainSettings, compute: ComputeSettings, model: ModelSettings, distributed: str) -> None:
-    """Refuse packages that are not installed, and updates of 16-bit weights: a step of 1e-6 is lost in their rounding.
-
-    LoRA's own weights are float32, and DeepSpeed keeps float32 copies.
-    """
+    """Refuse packages that are not installed, and updates of 16-bit weights, whose rounding loses a step of 1e-6."""
     installed = get_available_reporting_integrations()
     if missing := [name for name in compute.log_to if name not in installed]:
         raise CimError(
@@ -232,6 +238,7 @@ def check_possible(settings: TrainSettings, compute: ComputeSettings, model: Mod
             f"parameters: compute.vllm={compute.vllm} needs vllm in an environment with an older torch "
             "(docs/published-setting.md); install it there or set it to off"
         )
+    # LoRA's own weights are float32, and DeepSpeed keeps float32 copies.
     if model.dtype != "float32" and not settings.lora_rank and distributed != "DEEPSPEED":
         raise CimError(
             f"parameters: model.dtype={model.dtype} with all weights trained: updates of train.lr={settings.lr:g} "

@@ -4,12 +4,14 @@ Sizes are counted on the model's skeleton, which holds no weights. The estimate 
 """
 
 import os
+import re
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 
 from cim.captioners.models import DTYPES, load_processor, longest_prompt, skeleton
+from cim.files import explained
 from cim.gallery.store import read_info
 from cim.train import launch
 from cim.train.batches import grpo_batches, sft_batches
@@ -72,7 +74,9 @@ def model_size(job: Job) -> Size:
     config = bones.config.get_text_config()
     total = sum(p.numel() for p in bones.parameters())
     if adapter := trainable(job.settings, bones):
-        with torch.device("meta"):
+        problem = f"parameters: train.lora_targets='{job.settings.lora_targets}' cannot be used"
+        fix = "give a regular expression of their whole names, such as '.*_proj', or all-linear"
+        with explained(problem, fix, ValueError, re.error), torch.device("meta"):
             bones = get_peft_model(bones, adapter)
     trained = sum(p.numel() for p in bones.parameters() if p.requires_grad)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -27,7 +27,7 @@ class SharedSettings(Settings):
             on them is kept. 0 keeps the last step.
         save_every: updates between two checkpoints, and between two validations.
         lora_rank: 0 trains all weights.
-        merge: with LoRA, also write the merged weights.
+        merge: with LoRA, also write the merged weights; set later, it merges the kept adapter.
         optimizer: transformers' name for it, such as adamw_torch or paged_adamw_8bit.
     """
 
@@ -96,7 +96,8 @@ class ComputeSettings(Settings):
         per_device, sft_per_device: captions in one forward and backward pass of a device; None for all of an update.
         vllm: where captions are sampled: off (transformers), colocate (the same GPUs) or server.
         vllm_memory: share of a GPU's memory for vLLM with colocate.
-        cache_vision: a frozen vision tower computes each image once (cim.captioners.vision_cache).
+        cache_vision: a frozen vision tower that takes nothing but pixels computes each image once
+            (cim.captioners.vision_cache).
         log_to: transformers' integrations, such as tensorboard, dvclive, wandb, trackio.
         warn_distinct: warn of a collapse where a smaller share of a step's captions is distinct.
     """

@@ -26,7 +26,7 @@ def train(run: str, params: dict, artifacts: Path) -> None:
         train=job.settings.model_dump(include=set(SHARED)),
         code=code.digest("cim.train.sft"),
         sft=job.sft.model_dump(),
-        labels=short_digest(labels(job, job.images)),
+        labels=short_digest([labels(job, part) for part in (job.images, job.validation)]),
     )
 
 
