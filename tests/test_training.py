@@ -494,14 +494,17 @@ def test_curves_and_metrics_of_a_log(trained):
     metrics = run_metrics(log, "cim", 0)
     assert list(metrics)[:4] == ["method", "seed", "steps", "loss_last_10"]
     assert metrics["steps"] == 4
-    assert metrics["reward_first_10"] == metrics["reward_last_10"] == table["reward"].mean()
-    # Twelve updates on six rollouts, and validation: each row has what was logged at it.
+    # Four steps: the first two and the last two.
+    assert metrics["window"] == 2
+    assert metrics["reward_first_10"] == table["reward"].head(2).mean()
+    assert metrics["reward_last_10"] == table["reward"].tail(2).mean()
+    # 24 updates on twelve rollouts, and validation: each row has what was logged at it.
     rows = [{"step": s, "loss": 0.0, "kl": float(s)} | ({"reward": float(s)} if s % 2 else {}) for s in range(1, 25)]
     for row in rows:
         if "reward" in row:
             row |= {"score/grc": 1.0, "score/qir": 0.0, "variety/distinct": 1.0, "variety/words": 2.0}
     metrics = run_metrics(pd.DataFrame([*rows, {"step": 24, "eval_reward": 1.0}]), "cim", 1)
-    assert (metrics["reward_first_10"], metrics["reward_last_10"], metrics["kl_last_10"]) == (10.0, 14.0, 14.0)
+    assert (metrics["reward_first_10"], metrics["reward_last_10"], metrics["kl_last_10"]) == (6.0, 18.0, 18.0)
     sft = pd.DataFrame([{"step": 1, "loss": 2.0}, {"step": 1, "train_loss": 2.0}])
     assert run_metrics(sft, "sft", 0) == {"method": "sft", "seed": 0, "steps": 1, "loss_last_10": 2.0}
 

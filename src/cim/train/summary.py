@@ -16,14 +16,15 @@ def curves(log: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_metrics(log: pd.DataFrame, method: str, seed: int) -> dict:
-    """Steps of a run, and means over its first and last ten logged steps."""
+    """Steps of a run, and means over its first and last ten logged steps, or fewer where these would overlap."""
     table = curves(log)
     metrics = {"method": method, "seed": seed, "steps": int(log["step"].max())}
     metrics["loss_last_10"] = table["loss"].tail(10).mean()
     if "reward" in table:
         rollouts = table.dropna(subset=["reward"])  # further updates on the same captions log no reward
+        metrics["window"] = window = min(10, max(1, len(rollouts) // 2))
         for name in ("reward", "grc", "qir", "distinct", "words"):
-            metrics[f"{name}_first_10"] = rollouts[name].head(10).mean()
-            metrics[f"{name}_last_10"] = rollouts[name].tail(10).mean()
-        metrics["kl_last_10"] = rollouts["kl"].tail(10).mean() if "kl" in rollouts else None
+            metrics[f"{name}_first_10"] = rollouts[name].head(window).mean()
+            metrics[f"{name}_last_10"] = rollouts[name].tail(window).mean()
+        metrics["kl_last_10"] = rollouts["kl"].tail(window).mean() if "kl" in rollouts else None
     return metrics
