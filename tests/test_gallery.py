@@ -192,7 +192,7 @@ def test_k_larger_than_the_gallery(gallery, encoders):
 
 def test_rows_of_one_image_count_as_many(five_of_each, encoders):
     query = encoders[0].encode(["an owl."])
-    with pytest.raises(CimError, match="k is 27, but the gallery has 31 rows, 5 of them of the excluded source"):
+    with pytest.raises(CimError, match="k is 27, but the gallery has 31 rows, 5 of them the excluded source"):
         five_of_each[0].search(query, 27, exclude=np.array([3]))
     # Of an image with one row, and of none.
     for row in (30, -1):
