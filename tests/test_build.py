@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import torch
 from cim.cli import __main__ as cli
 from cim.data.manifest import Manifest
 from cim.errors import CimError
+from cim.files import locked
 from cim.gallery import build, store
 from cim.gallery.build import build_gallery, rebuild_index
 from cim.gallery.settings import BuildSettings, GallerySettings
@@ -74,11 +76,12 @@ def same_gallery(a, b):
     )
 
 
-def test_every_kind_of_source_gives_the_same_records(rows, tmp_path):
+def test_every_kind_of_source_gives_the_same_records(rows, tmp_path, monkeypatch):
     content = rows.assign(image=[Path(p).read_bytes() for p in rows["image"]])
     struct = rows.assign(image=[{"bytes": Path(p).read_bytes(), "path": f"x/{i}"} for i, p in enumerate(rows["image"])])
     for name, frame in (("paths", rows), ("bytes", content), ("struct", struct)):
         frame.to_parquet(tmp_path / f"{name}.parquet", row_group_size=17)
+    monkeypatch.setattr("cim.gallery.shards.READ", 4)  # shards of a row group begin within what is read at once
     sources = [
         tmp_path / "paths.parquet",
         tmp_path / "bytes.parquet",
@@ -217,6 +220,51 @@ def test_adding_embeds_only_what_is_new(rows, encoders, tmp_path, monkeypatch):
     assert build_gallery(shards(rows), SETTINGS, *encoders, tmp_path / "grown", add=True)["rows"] == 40
 
 
+def test_another_image_of_the_same_image_id_is_not_dropped_in_silence(rows, encoders, tmp_path):
+    """Two folders have a 1.png each. The same image is known, wherever it lies."""
+    for name, image in (("a", rows["image"][0]), ("b", rows["image"][1]), ("copy", rows["image"][0])):
+        (tmp_path / name).mkdir()
+        shutil.copy(image, tmp_path / name / "1.png")
+        write_jsonl(tmp_path / name / "list.jsonl", pd.DataFrame({"image": ["1.png"], "caption": ["an owl."]}))
+    for name in ("gone", "broken"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "a" / "list.jsonl", tmp_path / name)
+    (tmp_path / "broken" / "1.png").write_bytes(b"no image")
+    folder = tmp_path / "g"
+    build_gallery(shards_of([tmp_path / "a"], 8), SETTINGS, *encoders, folder)
+    assert build_gallery(shards_of([tmp_path / "copy"], 8), SETTINGS, *encoders, folder, add=True)["skipped"] == 0
+    for name in ("b", "gone", "broken"):
+        with pytest.raises(CimError, match=r"'1\.png': the gallery has another image of this image_id"):
+            build_gallery(shards_of([tmp_path / name], 8), SETTINGS, *encoders, folder, add=True)
+        assert len(load_gallery(folder)) == 1
+    settings = BuildSettings(max_skipped=1.0)
+    info = build_gallery(shards_of([tmp_path / "b"], 8), settings, *encoders, folder, add=True)
+    assert (info["rows"], info["skipped"]) == (1, 1)
+    assert json.loads((folder / "skipped.jsonl").read_text())["image_id"] == "1.png"
+
+
+def test_adding_keeps_the_list_of_what_was_left_out(rows, encoders, tmp_path):
+    """Until it is used after all, and each image_id once."""
+    settings, folder = BuildSettings(max_skipped=0.5), tmp_path / "g"
+    frame = rows[:8].copy()
+    frame.loc[[2, 5], "caption"] = ""
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", frame)], 8), settings, *encoders, folder)
+
+    def add(part):
+        info = build_gallery(
+            shards_of([write_jsonl(tmp_path / "b.jsonl", part)], 8), settings, *encoders, folder, add=True
+        )
+        left_out = [json.loads(line)["image_id"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+        assert info["skipped"] == len(left_out)
+        return left_out
+
+    ids = rows["image_id"]
+    assert add(rows[8:12]) == [ids[2], ids[5]]
+    assert add(rows[11:14].assign(caption=["x", "", "y"])) == [ids[2], ids[5], ids[12]]
+    assert add(pd.concat([rows[2:3], frame[5:6], rows[14:16]])) == [ids[12], ids[5]]
+    assert len(load_gallery(folder)) == 6 + 4 + 1 + 3
+
+
 @pytest.mark.parametrize("kind", ["IVF4,SQ8", "HNSW32,SQ8", "SQ4"])
 def test_an_index_grows_with_its_gallery(rows, encoders, tmp_path, kind):
     settings = BuildSettings(index=kind)
@@ -243,6 +291,32 @@ def test_another_index_for_the_same_vectors(rows, encoders, tmp_path):
     assert rebuild_index(folder, "auto", 0.99)["index"]["kind"] == "exact"
     assert load_gallery(folder).index.kind == "exact"
     assert not list(folder.glob("*.faiss"))
+
+
+def test_two_do_not_replace_an_index_at_once(rows, encoders, tmp_path):
+    """One of them by a symbolic link; and the second sees what the first has written."""
+    folder, link = tmp_path / "g", tmp_path / "link"
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows)], 8), SETTINGS, *encoders, folder)
+    link.symlink_to(folder)
+    with locked(folder), pytest.raises(CimError, match="another process is writing it"):
+        rebuild_index(link, "Flat", 0.99)
+    read, done = store.read_info, []
+
+    def another_was_faster(path):
+        if not done:
+            done.append(read(path))
+            rebuild_index(folder, "IVF2,Flat", 0.99)
+            return done[0]
+        return read(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "read_info", another_was_faster)
+        rebuild_index(link, "Flat", 0.99)
+    assert load_gallery(folder).index.kind == "Flat"
+    assert [path.name for path in folder.glob("*.faiss")] == [store.INDEXES[1]]
+    with pytest.raises(CimError, match="no gallery there"):
+        rebuild_index(tmp_path / "no" / "gallery", "Flat", 0.99)
+    assert not (tmp_path / "no").exists()
 
 
 def test_an_index_is_replaced_at_once_or_not_at_all(rows, encoders, tmp_path, monkeypatch):
@@ -468,6 +542,23 @@ def test_a_build_with_other_sources_starts_again(rows, encoders, tmp_path, capsy
     assert load_gallery(folder).rows["image_id"].tolist() == rows["image_id"][8:].tolist()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_build_with_another_encoder_starts_again(rows, encoders, tmp_path, capsys, which):
+    """The shards are the same; what the other encoder embedded is not joined with them."""
+    good = shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 4)
+    bad = Shard(good[1].name, lambda: (_ for _ in ()).throw(CimError("gone")))
+    with pytest.raises(CimError, match="gone"):
+        build_gallery([good[0], bad], SETTINGS, *encoders, tmp_path / "g")
+    other = list(encoders)
+    other[which] = copy(encoders[which])
+    other[which].digest = "another"
+    capsys.readouterr()
+    info = build_gallery(good, SETTINGS, *other, tmp_path / "g")
+    assert "started with other sources or encoders; starting again" in (printed := capsys.readouterr().out)
+    assert "shard 1 of 2 (1 of 2 to do here)" in printed
+    assert [info[f"{name}_encoder"]["digest"] == "another" for name in ("text", "image")] == [which == 0, which == 1]
+
+
 def test_a_gallery_behind_a_symbolic_link_is_replaced_there(rows, encoders, tmp_path):
     build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", rows[:8])], 8), SETTINGS, *encoders, tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -557,20 +648,19 @@ def test_vectors_are_never_all_in_memory(rows, encoders, tmp_path, monkeypatch):
     assert max(largest) == 8
 
 
+@pytest.fixture(scope="module")
+def photos_gallery(rows, encoder_folder, tmp_path_factory):
+    """A gallery made on the command line; as deep as tmp_path, so that the paths to its images hold in copies there."""
+    folder = tmp_path_factory.mktemp("photos")
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    cli.main(["gallery", "build", str(folder / "g"), str(source), "--image", f"open_clip:local-dir:{encoder_folder}"])
+    return folder / "g"
+
+
 @pytest.fixture
-def photos(rows, encoder_folder, tmp_path):
-    """A gallery made on the command line, and a file of captions to score."""
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    cli.main(
-        [
-            "gallery",
-            "build",
-            str(tmp_path / "g"),
-            str(tmp_path / "rows.jsonl"),
-            "--image",
-            f"open_clip:local-dir:{encoder_folder}",
-        ]
-    )
+def photos(photos_gallery, rows, tmp_path):
+    """A copy of that gallery, and a file of captions to score."""
+    shutil.copytree(photos_gallery, tmp_path / "g")
     asked = rows[:6].copy()
     asked.loc[1, "caption"] = ""
     asked["caption"] += ["", "", " there is an owl."] * 2
@@ -690,6 +780,34 @@ def test_scoring_resumes_after_a_kill(photos, encoders, monkeypatch):
     frame = caption_scores.score_files(scorer, [asked_file], out)
     assert sum(map(len, calls)) == 6 + 2
     assert frame["image_id"].equals(whole["image_id"])
+    np.testing.assert_allclose(frame["cim"], whole["cim"], atol=1e-5)
+
+
+def test_scoring_with_another_reward_starts_again(photos, monkeypatch):
+    from cim import score_files as caption_scores
+    from cim.rewards import RewardSettings
+    from cim.scorer import load_scorer
+
+    folder, asked_file, _ = photos
+    monkeypatch.setattr(caption_scores, "BATCH", 2)
+    scorer = load_scorer(folder / "g")
+    other = scorer.at(RewardSettings(k=2, decay=0.25))
+    whole = caption_scores.score_files(other, [asked_file], folder / "whole.jsonl")
+
+    calls = []
+
+    def killed_at_the_second(captions, ids):
+        calls.append(captions)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return type(scorer).scores_and_rows(scorer, captions, ids)
+
+    monkeypatch.setattr(scorer, "scores_and_rows", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        caption_scores.score_files(scorer, [asked_file], folder / "s.jsonl")
+    assert len((folder / "s.jsonl.progress").read_text().splitlines()) == 1 + 2
+    frame = caption_scores.score_files(other, [asked_file], folder / "s.jsonl")
+    assert frame["retrieved"].map(len).max() == 2
     np.testing.assert_allclose(frame["cim"], whole["cim"], atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,8 +18,9 @@ from cim.data.manifest import Manifest
 from cim.encoders import load_encoders, load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.build import build_gallery
-from cim.gallery.settings import GallerySettings
-from cim.gallery.shards import gallery_shards
+from cim.gallery.search import blocks
+from cim.gallery.settings import BuildSettings, GallerySettings
+from cim.gallery.shards import Record, Shard, gallery_shards
 from cim.gallery.store import described, drop_excluded, load_gallery
 from cim.params import EncoderSettings
 from cim.runs import REWARDS
@@ -132,6 +134,52 @@ def test_search_is_exact_and_leaves_out_the_source(gallery, encoders):
 def test_drop_excluded():
     found = np.array([[4, 7, 9], [4, 7, 9], [9, 7, 4]])
     assert drop_excluded(found, np.array([7, -1, 9])).tolist() == [[4, 9], [4, 7], [7, 4]]
+    assert drop_excluded(found, np.array([[7, 4], [-1, -1], [9, 1]])).tolist() == [[9], [4], [7]]
+
+
+def test_rows_of_what_several_rows_hold(gallery):
+    digests = gallery.rows["digest"]
+    copied = replace(
+        gallery,
+        table=gallery.table.set_column(3, "digest", pa.array(digests[[0, 1, 0, 1, 0, *range(5, len(gallery))]])),
+    )
+    assert copied.all_rows_of([digests[1], "none", digests[0]], "digest").tolist() == [[1, 3, -1], [-1] * 3, [0, 2, 4]]
+    assert copied.rows_of([digests[1], "none", digests[0]], "digest").tolist() == [1, -1, 0]
+    assert copied.rows_of([]).tolist() == []
+
+
+@pytest.fixture(scope="module")
+def five_of_each(world, encoders, tmp_path_factory):
+    """A gallery of five captions each of six images, and of one of the seventh; their image_ids say nothing."""
+    part = world.split("gallery").take(range(31))
+    paths = [str(part.image_paths[i // 5]) for i in range(31)]
+    records = [
+        Record(f"row-{i}", caption, path) for i, (caption, path) in enumerate(zip(part.captions, paths, strict=True))
+    ]
+    folder = tmp_path_factory.mktemp("five") / "gallery"
+    build_gallery([Shard("all", lambda: records)], BuildSettings(), *encoders, folder)
+    return load_gallery(folder, *encoders), paths
+
+
+@pytest.mark.parametrize("settings", [RewardSettings(), RewardSettings(k=None, temperature=0.1), RewardSettings(k=20)])
+def test_no_row_of_the_source_image_is_retrieved(five_of_each, encoders, settings):
+    gallery, paths = five_of_each
+    scorer = Scorer(gallery, *encoders, settings)
+    captions = gallery.rows["caption"].tolist()
+    scores = scorer.score(paths, captions)
+    rows = scorer.scores_and_rows(captions, paths)[1]
+    assert rows.shape == (31, settings.k or 26)
+    for path, found in zip(paths, rows, strict=True):
+        assert path not in {paths[row] for row in found}
+        assert len(set(found)) == len(found)
+    similarity = encoders[0].encode(captions) @ gallery.text_embeddings().T
+    similarity[np.array(paths)[:, None] == np.array(paths)] = -1
+    best = np.argsort(-similarity, axis=1)[:, :3]
+    np.testing.assert_allclose(
+        np.take_along_axis(similarity, rows[:, :3], 1), np.take_along_axis(similarity, best, 1), atol=1e-6
+    )
+    included = scorer.at(settings.model_copy(update={"exclude_source": False, "k": settings.k or 31}))
+    assert (scores["qir"] < included.score(paths, captions)["qir"]).mean() > 0.9
 
 
 def test_k_larger_than_the_gallery(gallery, encoders):
@@ -140,6 +188,15 @@ def test_k_larger_than_the_gallery(gallery, encoders):
         gallery.search(query, len(gallery) + 1)
     with pytest.raises(CimError, match="excluded source"):
         gallery.search(query, len(gallery), exclude=np.array([0]))
+
+
+def test_rows_of_one_image_count_as_many(five_of_each, encoders):
+    query = encoders[0].encode(["an owl."])
+    with pytest.raises(CimError, match="k is 27, but the gallery has 31 rows, 5 of them the excluded source"):
+        five_of_each[0].search(query, 27, exclude=np.array([3]))
+    # Of an image with one row, and of none.
+    for row in (30, -1):
+        assert five_of_each[0].search(query, 30, exclude=np.array([row])).shape == (1, 30)
 
 
 def test_a_gallery_of_other_encoders_is_refused_by_name(gallery, encoders):
@@ -207,8 +264,61 @@ def test_scores_are_the_pure_functions_of_what_is_retrieved(scorer, world):
     ids = test.frame["image_id"].tolist()
     scores = scorer.retrieval_scores(test.captions, ids)
     vectors = scorer.gallery.image_vectors(scorer.retrieve(test.captions, ids)[0])
+    source = scorer.source_vectors(ids)
     np.testing.assert_allclose(scores["grc"], rewards.gallery_representation_consistency(vectors))
+    np.testing.assert_allclose(
+        scores["qir"], rewards.query_gallery_image_relevance(source, vectors, rewards.rank_weights(3))
+    )
     np.testing.assert_allclose(scores["cim"], scores["grc"] + scorer.settings.beta * scores["qir"])
+    other = scorer.at(RewardSettings(k=2, decay=0.25))
+    np.testing.assert_allclose(
+        other.retrieval_scores(test.captions, ids)["qir"], np.einsum("nd,nkd,k->n", source, vectors[:, :2], [1, 0.25])
+    )
+
+
+def test_scores_in_blocks_are_those_of_the_whole(scorer, world, monkeypatch):
+    test = world.split("test")
+    captions, ids = [*test.captions, ""] * 2, [*test.frame["image_id"], test.frame["image_id"][0]] * 2
+    whole = scorer.retrieval_scores(captions, ids)
+    monkeypatch.setattr("cim.scorer.blocks", lambda n, size: blocks(n, 5))
+    parts = scorer.retrieval_scores(captions, ids)
+    assert parts.index.equals(whole.index)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    assert scorer.retrieval_scores([], []).shape == (0, 3)
+
+
+def test_rival_rewards_are_the_pure_functions(scorer, world, encoders):
+    test = world.split("test")
+    ids = test.frame["image_id"].tolist()
+    text, source = encoders[1].encode_text(test.captions), scorer.source_vectors(ids)
+    images = scorer.gallery.image_vectors(np.arange(len(scorer.gallery)))
+    scores = scorer.paired_scores(test.captions, ids)
+    np.testing.assert_allclose(scores["clipscore"], rewards.clipscore(text, source), atol=1e-6)
+    np.testing.assert_allclose(scores["self_retrieval"], rewards.self_retrieval(text, source, images), atol=1e-6)
+
+
+def test_sources_outside_the_gallery_are_embedded_from_their_files(gallery, world, encoders):
+    """Whatever their order, and even where a row of another image has their image_id."""
+    test = world.split("test")
+    stranger = test.frame.assign(image_id=["".join(reversed(name)) for name in test.frame["image_id"]])
+    stranger.loc[2, "image_id"] = gallery.rows["image_id"][0]
+    scorer = Scorer(gallery, *encoders, RewardSettings())
+    scorer.add_sources(Manifest(stranger, world.image_root))
+    order = np.random.default_rng(0).permutation(len(test))
+    expected = encoders[1].encode([test.image_paths[i] for i in order])
+    np.testing.assert_allclose(scorer.source_vectors(stranger["image_id"][order]), expected, atol=1e-5)
+    again = Scorer(gallery, *encoders, RewardSettings())
+    again.add_images(dict(zip(stranger["image_id"], test.image_paths, strict=True)))
+    np.testing.assert_allclose(again.source_vectors(stranger["image_id"][order]), expected, atol=1e-5)
+
+
+def test_content_tells_the_source_before_its_image_id(gallery, world, encoders):
+    """Where a gallery has the image under another image_id, and another image under the source's."""
+    train = world.split("train")
+    rows = gallery.rows_of(train.frame["image_id"])
+    scorer = Scorer(gallery, *encoders, RewardSettings())
+    scorer.add_images(dict(zip(train.frame["image_id"].tolist()[::-1], train.image_paths, strict=True)))
+    assert scorer.gallery_rows(train.frame["image_id"].tolist()[::-1]).tolist() == rows.tolist()
 
 
 def test_whether_the_source_may_be_retrieved_is_a_parameter(gallery, encoders, world):

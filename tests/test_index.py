@@ -140,6 +140,15 @@ def test_an_index_of_two_rows(rng, tmp_path):
     assert build_index(clustered(rng, 2, 32), "HNSW8,Flat", 0.99, tmp_path / "index.faiss")["recall"] == 1
 
 
+def test_captions_that_many_images_share_are_found_whichever_row_is(rng, tmp_path):
+    """A third of the rows has one of four captions: which three rows of hundreds are found says nothing."""
+    vectors = clustered(rng, 3000, 32)
+    vectors[::3] = vectors[[1, 2, 4, 5]][rng.integers(0, 4, 1000)]
+    tuned = build_index(vectors, "IVF64,SQ8", 0.99, tmp_path / "index.faiss")
+    assert tuned["recall"] >= 0.99
+    assert tuned["effort"] < 64
+
+
 def test_an_index_grows(rng, tmp_path):
     vectors = clustered(rng, 3000, 32)
     build_index(vectors[:2000], "IVF16,SQ8", 0.99, tmp_path / "a.faiss")

@@ -1,5 +1,6 @@
 """Invalid input: one clear line each, exit status not 0, nothing lost."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from cim.data import flickr8k
 from cim.data.dataset import DatasetSettings, make_dataset
 from cim.data.flickr8k import human_captions
-from cim.data.manifest import read_manifest, write_manifest
+from cim.data.manifest import joined, read_manifest, row, write_manifest
 from cim.errors import CimError
 from cim.evaluation.correlation import graded_captions
 from cim.images import open_image
@@ -38,7 +39,7 @@ def only_error(done) -> str:
 
 def frame(**changes):
     columns = {"image_id": ["a", "b"], "image": ["a.png", "b.png"], "caption": ["x", "y"], "split": ["test", "test"]}
-    return pd.DataFrame(columns | changes)
+    return pd.DataFrame(columns | {"digest": ["1", "2"]} | changes)
 
 
 @pytest.mark.parametrize("image", ["../a.png", "/etc/passwd", "x/../../a.png"])
@@ -57,9 +58,10 @@ def test_other_bad_manifests(tmp_path):
     write_manifest(frame(image_id=["a", "a"]), tmp_path / "m.parquet")
     with pytest.raises(CimError, match="'a' occurs more than once"):
         read_manifest(tmp_path / "m.parquet")
-    write_manifest(frame().drop(columns="caption"), tmp_path / "m.parquet")
-    with pytest.raises(CimError, match="column 'caption' is missing"):
-        read_manifest(tmp_path / "m.parquet")
+    for column in ("caption", "digest"):
+        write_manifest(frame().drop(columns=column), tmp_path / "m.parquet")
+        with pytest.raises(CimError, match=f"column '{column}' is missing"):
+            read_manifest(tmp_path / "m.parquet")
     write_manifest(frame(), tmp_path / "m.parquet")
     with pytest.raises(CimError, match="no split 'train'; it has test"):
         read_manifest(tmp_path / "m.parquet").split("train")
@@ -71,6 +73,26 @@ def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     with pytest.raises(CimError, match=r"a\.png: unreadable image"):
         open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_in_a_folder_with_an_exclamation_mark(tmp_path, kind):
+    for folder in ("hey!", "a.b!"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (2, 3)).save(tmp_path / folder / "1!.png")
+        shutil.make_archive(tmp_path / folder / "z", kind, tmp_path / folder, "1!.png")
+        assert open_image(tmp_path / folder / "1!.png").size == (2, 3)
+        assert open_image(f"{tmp_path}/{folder}/z.{kind}!1!.png").size == (2, 3)
+    with pytest.raises(CimError, match="cannot be opened one by one"):
+        open_image(f"{tmp_path}/hey!/z.parquet!0.1")
+
+
+def test_an_image_of_two_splits_keeps_the_later_one(tmp_path, capsys):
+    rows = [row(tmp_path / "images" / f"{name}.png", "x", split, "some") for name, split in ("at", "bt", "ae")]
+    frame, root = joined(rows)
+    assert "1 images are in more than one split" in capsys.readouterr().out
+    assert frame[["image_id", "image", "split"]].to_numpy().tolist() == [["b", "b.png", "t"], ["a", "a.png", "e"]]
+    assert root == tmp_path / "images"
 
 
 @pytest.fixture
@@ -240,6 +262,15 @@ def test_wrong_parameters_are_named(values, says):
         group(RewardSettings, values, "reward")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "reward").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_named_reward_is_the_same_as_a_file_and_in_the_pipeline(path):
+    settings = group(RewardSettings, read_params(path), "reward")
+    assert settings.model_dump() == compose([f"reward={path.stem}"], ROOT / "conf")["reward"]
+    default = RewardSettings()
+    named = {"cim": default, "published": default.model_copy(update={"exclude_source": False})}
+    assert settings == named.get(path.stem, settings)
+
+
 def test_params_files(tmp_path):
     with pytest.raises(CimError, match="not found"):
         read_params(tmp_path / "params.yaml")
@@ -279,6 +310,7 @@ def test_a_failing_notebook_stage_fails_in_one_line_and_keeps_its_report(tmp_pat
     assert not (tmp_path / "reports" / "gallery.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_help_names_the_commands():
     done = cim("--help", cwd=Path.cwd())
     assert done.returncode == 0

@@ -4,6 +4,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -67,9 +68,10 @@ def read_stored(image: Path | str | bytes) -> bytes:
     """
     if isinstance(image, bytes):
         return image
-    archive, _, member = str(image).partition("!")
+    # A folder's name may have a "!" too.
+    archive, kind, member = re.match(r"(?s)(?:(.+?(\.zip|\.tar|\.parquet))!(.+))?", str(image)).groups()
     try:
-        match Path(archive).suffix if member else "":
+        match kind:
             case ".zip":
                 return _open_zip(archive, os.getpid()).read(member)
             case ".tar":

@@ -145,8 +145,7 @@ def summary(frame: pd.DataFrame, shown: int = 10) -> str:
     images = good.groupby("image_id")["in_gallery"].first()
     lines = [f"{len(good)} captions of {len(images)} images, of which {images.sum()} are in the gallery themselves"]
     lines += [*(f"{name:>4}  {_interval(good[name])}" for name in SCORES), ""]
-    head = good.head(shown)[["image_id", *SCORES, "caption"]]
-    head = head.assign(caption=head["caption"].str.slice(0, 60))
+    head = good.head(shown)[["image_id", *SCORES, "caption"]].assign(caption=lambda rows: rows["caption"].str[:60])
     lines.append(head.to_string(index=False, float_format=lambda v: f"{v:.3f}", justify="left"))
     return "\n".join(lines + ([f"... and {len(good) - shown} more"] if len(good) > shown else []))
 

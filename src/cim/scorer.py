@@ -34,16 +34,18 @@ class Scorer:
         other._sources, other._copies = self._sources, self._copies
         return other
 
-    @property
+    @cached_property
     def k(self) -> int:
         """How many images a caption retrieves.
 
         Raises:
             CimError: for the whole of a gallery that is too large for it.
         """
-        if self.settings.k is None and len(self.gallery) > SMALL:
+        s, rows = self.settings, len(self.gallery)
+        if s.k is None and rows > SMALL:
             raise CimError(f"{self.gallery.folder}: has more than the {SMALL:,} rows of reward.k=null; set reward.k")
-        return self.settings.k or len(self.gallery) - self.settings.exclude_source
+        # An image may have several rows, none of which its captions retrieve.
+        return s.k or rows - s.exclude_source * int(self.gallery.rows["digest"].value_counts().max())
 
     def add_sources(self, manifest: Manifest, progress: bool = False) -> None:
         """Embed the images of a manifest, so that captions can be scored by their image_id.
@@ -51,8 +53,8 @@ class Scorer:
         Images of the gallery keep the embedding they have there.
         """
         ids = manifest.frame["image_id"].to_numpy()
-        self._copies.update(zip(ids, self.gallery.rows_of(manifest.frame["digest"], "digest"), strict=True))
-        rows = self.gallery_rows(ids)
+        rows = self.gallery.rows_of(manifest.frame["digest"], "digest")
+        self._copies.update(zip(ids, rows, strict=True))
         known = rows >= 0
         self._sources.update(zip(ids[known], self.gallery.image_vectors(rows[known]), strict=True))
         rest = manifest.take(np.flatnonzero(~known))
@@ -77,9 +79,9 @@ class Scorer:
         self._copies.update(zip(read, self.gallery.rows_of(digests, "digest"), strict=True))
 
     def gallery_rows(self, image_ids: Sequence[str]) -> np.ndarray:
-        """(n,) gallery row of each source image, by its image_id or its file's content; -1 if it is not there."""
-        rows = self.gallery.rows_of(image_ids)
-        return np.where(rows < 0, [self._copies.get(image_id, -1) for image_id in image_ids], rows)
+        """(n,) gallery row of each source image, by its file's content or else its image_id; -1 if it is not there."""
+        rows = np.array([self._copies.get(image_id, -1) for image_id in image_ids], int)
+        return np.where(rows < 0, self.gallery.rows_of(image_ids), rows)
 
     def source_vectors(self, image_ids: Sequence[str]) -> np.ndarray:
         """(n, d) embeddings of source images that were added."""
@@ -105,7 +107,9 @@ class Scorer:
 
     def retrieval_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
         """GRC, QIR and CIM of each caption, columns grc, qir, cim; an empty caption gets the lowest value of each."""
-        return self.scores_and_rows(captions, image_ids)[0]
+        # In blocks, since scores of all captions with all gallery rows may be more than fit into memory.
+        parts = blocks(max(1, len(captions)), max(512, 2**27 // len(self.gallery)))
+        return pd.concat([self.scores_and_rows(captions[p], image_ids[p])[0] for p in parts], ignore_index=True)
 
     def scores_and_rows(self, captions: Sequence[str], image_ids: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
         """The retrieval_scores, and the (n, k) gallery rows that each caption retrieved, -1 for an empty one."""
@@ -114,12 +118,10 @@ class Scorer:
         qir = np.full(len(filled), -1.0 if s.temperature else -rewards.rank_weights(self.k, s.decay).sum())
         rows = np.full((len(filled), self.k), -1)
         if filled.any():
-            texts = [c for c, keep in zip(captions, filled, strict=True) if keep]
-            ids = [i for i, keep in zip(image_ids, filled, strict=True) if keep]
+            texts, ids = (np.asarray(values, object)[filled] for values in (captions, image_ids))
             rows[filled], weights = self.retrieve(texts, ids)
             grc[filled], qir[filled] = self._compare(rows[filled], weights, self.source_vectors(ids))
-        cim = rewards.cim(grc, qir, s.beta, s.grc_weight)
-        return pd.DataFrame({"grc": grc, "qir": qir, "cim": cim}), rows
+        return pd.DataFrame({"grc": grc, "qir": qir, "cim": rewards.cim(grc, qir, s.beta, s.grc_weight)}), rows
 
     def _compare(self, rows: np.ndarray, weights: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) GRC and (n,) QIR of (n, k) retrieved rows with these weights, for (n, d) source embeddings."""
@@ -134,8 +136,7 @@ class Scorer:
             retrieved, own = self._images(rows[part]), weights[part] if soft else weights
             grc = rewards.gallery_representation_consistency(retrieved, own if soft else None)
             scores.append((grc, rewards.query_gallery_image_relevance(source[part], retrieved, own)))
-        grc, qir = map(np.concatenate, zip(*scores, strict=True))
-        return grc, qir
+        return tuple(map(np.concatenate, zip(*scores, strict=True)))
 
     @cached_property
     def _gallery_images(self) -> np.ndarray:

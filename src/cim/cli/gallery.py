@@ -79,11 +79,10 @@ def _print_info(info: dict, folder: Path) -> None:
 
     if not processes().is_main_process:
         return
-    index = info["index"]
     print(f"{folder}: {info['rows']:,} rows, {info['skipped']:,} left out")
     for name in ("text_encoder", "image_encoder"):
         print(f"  {name.replace('_', ' ')}: {info[name]['spec']}, {info[name]['dim']} dimensions")
-    print(f"  index: {index['kind']} ({index['reason']}); finds {index['recall']:.1%} of the nearest three")
+    print("  index: {kind} ({reason}); finds {recall:.1%} of the nearest three".format_map(info["index"]))
     for name, marks in info["files"].items():
         print(f"  {name}: {int(marks['quick'].partition(':')[0]) / 2**20:,.1f} MiB")
 
@@ -93,8 +92,7 @@ def _search(arguments: argparse.Namespace) -> None:
     from cim.gallery.store import load_gallery, read_info
     from cim.rewards import gallery_representation_consistency
 
-    spec = read_info(arguments.folder)["text_encoder"]["spec"]
-    text = load_text_encoder(spec, precision="bfloat16")
+    text = load_text_encoder(read_info(arguments.folder)["text_encoder"]["spec"], precision="bfloat16")
     gallery = load_gallery(arguments.folder, text)
     queries = text.encode(arguments.caption)
     for caption, query, rows in zip(arguments.caption, queries, gallery.search(queries, arguments.k), strict=True):

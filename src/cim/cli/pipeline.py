@@ -62,8 +62,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.overrides and not arguments.plan:
         raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")
     params = compose(arguments.overrides) if arguments.overrides else read_params()
-    if arguments.plan:
-        print(*preflight.plan(arguments.run, params, ARTIFACTS, arguments.processes), sep="\n")
-    else:
-        for line in launch.train(arguments.run, params):
-            print(line, flush=True)
+    run = arguments.run
+    lines = preflight.plan(run, params, ARTIFACTS, arguments.processes) if arguments.plan else launch.train(run, params)
+    for line in lines:
+        print(line, flush=True)

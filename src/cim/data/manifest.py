@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 from cim.errors import CimError
 from cim.files import explained, replacing, short_digest
 
-REQUIRED = ("image_id", "image", "caption", "split")
-# `scene` and `questions` are JSON or null; `template` groups near-duplicates (-1: none). Other columns, all JSON or
-# null: `queries`, further human captions, `sentences` of the caption, and `ladders`, for the correlation study; and
-# SC-Captioner's lists of what is true of an image, `extra_objects` [object, ...] and `extra_attributes`
-# {object: [attribute, ...]}.
-COLUMNS = (*REQUIRED, "source", "template", "scene", "questions")
+REQUIRED = ("image_id", "image", "caption", "split", "digest")
+# What data sets give; `digest`, the images' content_digest, comes last. `scene` and `questions` are JSON or null;
+# `template` groups near-duplicates (-1: none). Other columns, all JSON or null: `queries`, further human captions,
+# `sentences` of the caption, and `ladders`, for the correlation study; and SC-Captioner's lists of what is true of an
+# image, `extra_objects` [object, ...] and `extra_attributes` {object: [attribute, ...]}.
+COLUMNS = ("image_id", "image", "caption", "split", "source", "template", "scene", "questions")
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,9 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CimError: if the file is missing, lacks a column, repeats an image_id, or names an image outside its folder.
     """
-    path = Path(path)
     if not path.exists():
         raise CimError(f"{path}: manifest not found; run stage 'dataset' to write it")
-    fix = "rerun stage 'dataset' to write it"
-    with explained(f"{path}: not a readable Parquet file", fix, pa.ArrowInvalid, OSError):
+    with explained(f"{path}: not a readable Parquet file", "run stage 'dataset' to write it", pa.ArrowInvalid, OSError):
         table = pq.read_table(path)
     if missing := [c for c in REQUIRED if c not in table.column_names]:
         raise CimError(f"{path}: column '{missing[0]}' is missing; a manifest needs {', '.join(REQUIRED)}")

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import chain, compress, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -38,27 +38,22 @@ DATA = (store.TEXTS, store.IMAGES, store.ROWS, store.TRANSFORM, *store.INDEXES)
 
 
 def build_gallery(
-    shards: list[Shard],
-    settings: BuildSettings,
-    text_encoder: TextEncoder,
-    image_encoder: ImageEncoder,
-    folder: Path,
-    add: bool = False,
+    shards: list[Shard], settings: BuildSettings, text: TextEncoder, image: ImageEncoder, out: Path, add: bool = False
 ) -> dict:
     """Embed shards and write the gallery, in place of a former one; returns its gallery.json.
 
     Args:
-        add: enlarge the gallery in `folder` by the images whose image_id it lacks; nothing else is embedded.
+        add: enlarge the gallery in `out` by the images whose image_id it lacks; nothing else is embedded.
 
     Raises:
         CimError: for more unusable images and captions than `settings.max_skipped` allows, naming the first; where no
-            row is left; where `folder` holds something else, or with `add` a gallery of other encoders; where FAISS
+            row is left; where `out` holds something else, or with `add` a gallery of other encoders; where FAISS
             refuses the index; where the disk is full, what is embedded being kept; while another process builds there.
     """
-    check_target(folder)
-    lock = locked(_folders(folder)[0]) if processes().is_main_process else nullcontext()
-    with explained(f"{folder}: not completed", "fix this and run the same command again to resume", OSError), lock:
-        return _Build(shards, settings, text_encoder, image_encoder, folder, add).run()
+    check_target(out)
+    lock = locked(_folders(out)[0]) if processes().is_main_process else nullcontext()
+    with explained(f"{out}: not completed", "fix this and run the same command again to resume", OSError), lock:
+        return _Build(shards, settings, text, image, out, add).run()
 
 
 def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
@@ -69,18 +64,19 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     Raises:
         CimError: where there is no gallery, FAISS refuses `kind`, or the disk is full.
     """
-    folder = Path(folder)
-    info = store.read_info(folder)
-    former = info["index"].get("file")
-    new = store.INDEXES[former == store.INDEXES[0]]
+    folder = _folders(folder)[0]
+    store.read_info(folder)  # a lock beside what is no gallery would make its folder
     with locked(folder), explained(f"{folder}: index not replaced", "fix this and rerun the same command", OSError):
+        info = store.read_info(folder)
+        former = info["index"].get("file")
+        new = store.INDEXES[former == store.INDEXES[0]]
         info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="c"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:
             info["files"][new] = store.described(folder / new)
         write_json(folder / store.INFO, info)
-    for name in set(store.INDEXES) - set(info["files"]):
-        (folder / name).unlink(missing_ok=True)
+        for name in set(store.INDEXES) - set(info["files"]):
+            (folder / name).unlink(missing_ok=True)
     return info
 
 
@@ -107,14 +103,14 @@ def _folders(folder: Path) -> tuple[Path, Path]:
 
 
 class _Build:
-    def __init__(self, shards, settings: BuildSettings, text_encoder, image_encoder, folder: Path, add: bool):
-        self.shards, self.settings, self.text, self.image = shards, settings, text_encoder, image_encoder
+    def __init__(self, shards, settings: BuildSettings, text, image, folder: Path, add: bool):
+        self.shards, self.settings, self.text, self.image = shards, settings, text, image
         self.folder, self.work = _folders(folder)
         # Tables of SCHEMA's columns and both embeddings; what was left out is in their metadata.
         self.parts = [self.work / "parts" / f"{i:06d}" for i in range(len(shards))]
         self._in_main_process(self._settle)
-        self.base = store.load_gallery(self.folder, text_encoder, image_encoder) if add else None
-        encoders = {"text_encoder": text_encoder, "image_encoder": image_encoder}
+        self.base = store.load_gallery(self.folder, text, image) if add else None
+        encoders = {"text_encoder": text, "image_encoder": image}
         self.info = {name: {"spec": e.spec, "dim": e.dim, "digest": e.digest} for name, e in encoders.items()}
         base = self.base.info["files"] if add else None
         self.plan = {"shards": [shard.name for shard in shards], **self.info, "base": base}
@@ -167,9 +163,8 @@ class _Build:
         parts = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
         skipped = [len(_skipped(part)) for part in parts]
         if sum(skipped) > self.settings.max_skipped * (sum(map(len, parts)) + sum(skipped)):
-            for path, count in zip(self.parts, skipped, strict=True):
-                if count:
-                    path.unlink()
+            for path in compress(self.parts, skipped):
+                path.unlink()
             print(f"{self.work}: trying shards with rows that could not be used again", flush=True)
 
     def _embed(self, shard: Shard, part: Path) -> None:
@@ -203,22 +198,18 @@ class _Build:
     def _embed_images(self, records: list[Record], skipped: dict[str, str]) -> tuple[list[dict], np.ndarray]:
         """The rows and (n, d) image embeddings of the records that are new and can be used; the rest to `skipped`."""
         skipped |= {r.image_id: "empty caption" for r in records if not r.caption}
-        records = [r for r in records if r.caption]
+        records, root = [r for r in records if r.caption], os.path.realpath(self.folder)
         if self.base is not None:
-            known = self.base.rows_of([r.image_id for r in records]) >= 0
-            records = [r for r, in_base in zip(records, known, strict=True) if not in_base]
+            rows = list(zip(records, self.base.rows_of([r.image_id for r in records]), strict=True))
+            taken = [r.image_id for r, row in rows if row >= 0 and not r.is_of(self.base.table.slice(row, 1), root)]
+            skipped |= dict.fromkeys(taken, "the gallery has another image of this image_id")
+            records = [r for r, row in rows if row < 0]
         unreadable: dict[int, str] = {}
         images = self.image.encode([r.open for r in records], unreadable=unreadable)
         skipped |= {records[i].image_id: reason for i, reason in unreadable.items()}
         records = [r for i, r in enumerate(records) if i not in unreadable]
-        # Relative to the gallery, so that they are valid in any current folder, and the same on any machine.
-        root = os.path.realpath(self.folder)
         with ThreadPoolExecutor(4) as pool:  # files are read again, perhaps from a network
-            digests = list(pool.map(Record.digest, records))
-        rows = (
-            (r.image_id, os.path.relpath(r.image, root), r.caption, d) for r, d in zip(records, digests, strict=True)
-        )
-        rows = [dict(zip(store.SCHEMA.names, row, strict=True)) for row in rows]
+            rows = list(pool.map(Record.row, records, repeat(root)))
         return rows, np.delete(images, list(unreadable), axis=0)
 
     def _publish(self) -> None:
@@ -236,6 +227,10 @@ class _Build:
             fix = "fix them or raise max_skipped, and run the same command again: what is embedded is kept"
             raise CimError(f"{self.folder}: {problem}; {fix}")
         base = self.base
+        if base is not None:
+            named = {row["image_id"] for row in skipped} | set(table["image_id"].to_pylist())
+            former = map(json.loads, (base.folder / store.SKIPPED).read_text(encoding="utf-8").splitlines())
+            skipped = [*(row for row in former if row["image_id"] not in named), *skipped]
         total = added + (0 if base is None else len(base))
         if total == 0:
             raise CimError(f"{self.folder}: no row is left to build from; see the reasons above")
@@ -254,8 +249,7 @@ class _Build:
             new = (np.asarray(b[name].filter(b["first"]).flatten()).reshape(-1, dim) for b in batches)
             store.write_array(aside / name, total, dim, chain(former, new))
         store.write_rows(aside / store.ROWS, chain(rows, (b.filter(b["first"]) for b in batches)))
-        lines = "".join(json.dumps(row) + "\n" for row in skipped)
-        (aside / store.SKIPPED).write_text(lines, encoding="utf-8")
+        (aside / store.SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
         vectors = np.load(aside / store.TEXTS, mmap_mode="c")
         index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
         transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="c"))
@@ -283,9 +277,7 @@ def _skipped(part: pa.Table) -> list[dict]:
 
 def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: store.Gallery | None = None) -> dict:
     """Build an index at `path`, from that of `base` if its kind is the same; returns gallery.json's entry for it."""
-    reason = "requested"
-    if kind == "auto":
-        kind, reason = choose_kind(*vectors.shape)
+    kind, reason = choose_kind(*vectors.shape) if kind == "auto" else (kind, "requested")
     print(f"index: {kind} ({reason})", flush=True)
     if kind == "exact":
         return {"kind": kind, "reason": reason, "effort": 0, "candidates": 0, "recall": 1.0}

@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -65,6 +65,19 @@ class Record:
     def digest(self) -> str:
         """The image's content_digest."""
         return self.known_digest or content_digest(read_stored(self.source))
+
+    def row(self, folder: str) -> dict[str, str]:
+        """Its row in a gallery in this folder."""
+        # Relative to the gallery, so that it is valid in any current folder, and the same on any machine.
+        place = os.path.relpath(self.image, folder)
+        return {"image_id": self.image_id, "image": place, "caption": self.caption, "digest": self.digest()}
+
+    def is_of(self, row: pa.Table, folder: str) -> bool:
+        """Whether this row of the gallery in this folder has the same image, by its place or else by its content."""
+        held = row.to_pylist()[0]
+        with suppress(CimError):  # an image that cannot be read
+            return held["image"] == os.path.relpath(self.image, folder) or held["digest"] == self.digest()
+        return False
 
 
 @dataclass(frozen=True)
@@ -150,9 +163,9 @@ def _parquet(path: Path, name: str, root: Path, rows: int) -> Iterator[Shard]:
             # With these options pages are read as they are needed, not a whole row group.
             file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
             batches = file.iter_batches(READ, [group], columns)
-            found = (row for batch in batches for row in batch.to_pylist())
-            for i, row in enumerate(islice(found, start, start + rows), start):
-                yield _record(row, root, f"{path}!{group}.{i}")
+            places = ((batch, i) for batch in batches for i in range(len(batch)))
+            for number, (batch, i) in enumerate(islice(places, start, start + rows), start):
+                yield _record(batch.slice(i, 1).to_pylist()[0], root, f"{path}!{group}.{number}")
 
     for group in range(file.num_row_groups):
         for start in range(0, file.metadata.row_group(group).num_rows, rows):

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict  # pydantic refuses typing's before Pyth
 from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
 from cim.files import read_json
-from cim.gallery.search import BLOCK, ExactSearch, FaissSearch, blocks, gather, open_search
+from cim.gallery.search import BLOCK, ExactSearch, FaissSearch, blocks, cosines, gather, open_search, unit
 from cim.gallery.transform import ImageTransform
 
 SMALL = 20_000  # rows up to which products with the whole gallery cost less than gathering what is retrieved
@@ -75,7 +75,7 @@ class Gallery:
     texts: np.ndarray  # (N, d) float16 caption embeddings
     images: np.ndarray  # (N, d) float16 image embeddings
     index: ExactSearch | FaissSearch
-    _first_rows: dict[str, pd.Series] = field(default_factory=dict, init=False)
+    _by_hash: dict[str, pd.Series] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -93,22 +93,29 @@ class Gallery:
 
     def rows_of(self, values, column: str = "image_id") -> np.ndarray:
         """(n,) first gallery row with each image_id, or content_digest in column `digest`; -1 where there is none."""
-        if column not in self._first_rows:
+        return self.all_rows_of(values, column, 1)[:, 0]
+
+    def all_rows_of(self, values, column: str, most: int | None = None) -> np.ndarray:
+        """(n, m) gallery rows with each value in a column, in order, then -1; m is `most`, or as many as any has."""
+        if column not in self._by_hash:
             # By hashes, tens of bytes a row: a dictionary of the texts would take hundreds.
             rows = pd.Series(np.arange(len(self)), hashes(self.table[column]))
-            self._first_rows[column] = rows[~rows.index.duplicated()]
-        return self._first_rows[column].reindex(hashes(values), fill_value=-1).to_numpy()
+            self._by_hash[column] = rows.sort_index(kind="stable")
+        rows, wanted = self._by_hash[column], hashes(values)
+        first, last = (rows.index.searchsorted(wanted, side) for side in ("left", "right"))
+        places = first[:, None] + np.arange(most or (last - first).max(initial=1))
+        return np.where(places < last[:, None], rows.to_numpy()[places.clip(max=len(self) - 1)], -1)
 
     def text_embeddings(self) -> np.ndarray:
         """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
-        return _unit(self.texts)
+        return unit(self.texts)
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
         """The k gallery rows whose captions are nearest to each query, best first.
 
         Args:
             queries: (n, d) caption embeddings, L2-normalised.
-            exclude: (n,) gallery row that each query may not retrieve, -1 for none.
+            exclude: (n,) gallery row whose image each query may not retrieve, in this row or another; -1 for none.
 
         Returns:
             (n, k) gallery rows.
@@ -118,9 +125,13 @@ class Gallery:
         """
         if queries.shape[1] != self.texts.shape[1]:
             raise CimError(f"{self.folder}: captions have {self.texts.shape[1]} dimensions, queries {queries.shape[1]}")
-        spare = 0 if exclude is None else 1
+        if exclude is not None:
+            # One by one, since `take` would join all parts of the column first.
+            digests = [self.table["digest"][row].as_py() if row >= 0 else "" for row in exclude.tolist()]
+            exclude = self.all_rows_of(digests, "digest")
+        spare = 0 if exclude is None else exclude.shape[1]
         if not 1 <= k <= len(self) - spare:
-            rows = f"{len(self)} rows" + (", one of them the excluded source image" if spare else "")
+            rows = f"{len(self)} rows, {'one' if spare == 1 else spare} of them the excluded source image"
             raise CimError(f"{self.folder}: k is {k}, but the gallery has {rows}; lower k or enlarge the gallery")
         found = self.index.search(queries, k + spare)
         return found if exclude is None else drop_excluded(found, exclude)
@@ -130,7 +141,7 @@ class Gallery:
         if len(self) <= SMALL:
             return np.take_along_axis(queries @ self.text_embeddings().T, rows, 1)
         parts = blocks(len(rows), max(1, BLOCK // rows.shape[1]))
-        return np.concatenate([np.einsum("nd,nkd->nk", queries[p], _unit(gather(self.texts, rows[p]))) for p in parts])
+        return np.concatenate([cosines(queries[p], self.texts, rows[p]) for p in parts])
 
     @cached_property
     def transform(self) -> ImageTransform:
@@ -141,19 +152,21 @@ class Gallery:
 
     def image_vectors(self, rows: np.ndarray) -> np.ndarray:
         """(*rows.shape, d) float32 image embeddings of these rows, L2-normalised."""
-        return _unit(gather(self.images, np.asarray(rows)))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    # Rounding to float16 changed the lengths too.
-    vectors = vectors.astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return unit(gather(self.images, np.asarray(rows)))
 
 
 def drop_excluded(found: np.ndarray, exclude: np.ndarray) -> np.ndarray:
-    """Remove the excluded row, or else the last one, from each row of (n, k + 1) results; returns (n, k)."""
-    hit = found == exclude[:, None]
-    hit[~hit.any(axis=1), -1] = True
+    """Remove excluded rows from (n, k + m) results, and the last ones where that leaves more than k.
+
+    Args:
+        exclude: (n, m) rows, or (n,) for m = 1; -1 for none.
+
+    Returns:
+        (n, k) rows.
+    """
+    exclude = exclude.reshape(len(found), -1)
+    hit = np.logical_or.reduce([found == rows[:, None] for rows in exclude.T])
+    hit |= (~hit).cumsum(axis=1, dtype=np.int32) > found.shape[1] - exclude.shape[1]
     return found[~hit].reshape(len(found), -1)
 
 
@@ -164,10 +177,7 @@ def hashes(texts: pa.ChunkedArray | Sequence[str]) -> np.ndarray:
 
 
 def load_gallery(
-    folder: Path,
-    text_encoder: TextEncoder | None = None,
-    image_encoder: ImageEncoder | None = None,
-    verify: bool = False,
+    folder: Path, text: TextEncoder | None = None, image: ImageEncoder | None = None, verify: bool = False
 ) -> Gallery:
     """Load a gallery; it is searched on the text encoder's device.
 
@@ -185,23 +195,21 @@ def load_gallery(
             raise CimError(f"{path}: missing; rebuild the gallery")
         if fingerprint(path, whole=verify) != marks["whole" if verify else "quick"]:
             raise CimError(f"{path}: not the file that gallery.json describes; rebuild the gallery")
-    for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
+    arrays = []
+    for file, name, encoder in ((TEXTS, "text_encoder", text), (IMAGES, "image_encoder", image)):
         built = info[name]
         if encoder is not None and (built["dim"], built["digest"]) != (encoder.dim, encoder.digest):
             other = f"'{encoder.spec}' ({encoder.dim}-d, {encoder.digest}); rebuild it or set encoders to match"
             own = f"'{built['spec']}' ({built['dim']}-d, {built['digest']})"
             raise CimError(f"{folder}: built with {name} {own}, not with {other}")
-    arrays = []
-    for file, name in ((TEXTS, "text_encoder"), (IMAGES, "image_encoder")):
         arrays.append(np.load(folder / file, mmap_mode="c"))
-        if (shape := arrays[-1].shape) != (info["rows"], info[name]["dim"]):
+        if (shape := arrays[-1].shape) != (info["rows"], built["dim"]):
             raise CimError(f"{folder / file}: has shape {shape}, not that of gallery.json; rebuild the gallery")
-    texts, images = arrays
-    search = open_search(info["index"], texts, folder, text_encoder.device if text_encoder else "cpu")
+    search = open_search(info["index"], arrays[0], folder, text.device if text else "cpu")
     table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise CimError(f"{folder / ROWS}: has no column '{missing[0]}', as of an older version; rebuild it")
-    return Gallery(folder, info, table, texts, images, search)
+    return Gallery(folder, info, table, *arrays, search)
 
 
 def read_info(folder: Path) -> dict:
