@@ -2,9 +2,10 @@
 
 import gc
 import json
+import logging
 import multiprocessing
 import os
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -271,6 +272,17 @@ def run_cells(stage: str, parameters: dict, report: str) -> None:
             exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
             names |= parameters if cell["metadata"].get("tags") == ["parameters"] else {}
     plt.close("all")
+
+
+@contextmanager
+def dvc_repository(folder: Path):
+    """DVC's repository of a folder, in this process. It logs nothing: its handlers are tied to the streams that were
+    current when something imported it first, which may be those of a test that has ended."""
+    from dvc.logger import set_loggers_level
+    from dvc.repo import Repo
+
+    with set_loggers_level(logging.CRITICAL), chdir(folder), Repo() as repo:
+        yield repo
 
 
 def write_jsonl(path: Path, rows) -> Path:

@@ -3,7 +3,6 @@
 import shutil
 import stat
 import sys
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 
 import graph
 from cim.train.settings import SHARED
-from conftest import ROOT
+from conftest import ROOT, dvc_repository
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
@@ -120,9 +119,7 @@ def repository(tmp_path_factory):
 
 def reproduce(folder) -> set[str]:
     """The stages that `dvc repro` runs, without the items of a foreach."""
-    from dvc.repo import Repo
-
-    with chdir(folder), pytest.MonkeyPatch.context() as patch, Repo() as repo:
+    with pytest.MonkeyPatch.context() as patch, dvc_repository(folder) as repo:
         patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
         return {name_of(stage.addressing) for stage in repo.reproduce()}
 
@@ -133,9 +130,7 @@ def name_of(address: str) -> str:
 
 def changed(folder) -> dict[str, set[str]]:
     """What `dvc status` names as changed of each stage's own inputs: paths, and keys of params.yaml."""
-    from dvc.repo import Repo
-
-    with chdir(folder), Repo() as repo:
+    with dvc_repository(folder) as repo:
         status = repo.status()
     found: dict[str, set[str]] = {}
     for name, (entry,) in status.items():
