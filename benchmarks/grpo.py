@@ -1,4 +1,4 @@
-"""Where the time of a GRPO step goes: rollout, reward, update. Needs the artifacts of the pipeline (make repro).
+"""Where the time of a GRPO step goes: rollout, reward, update. Needs the pipeline's ./artifacts (make repro).
 
 python benchmarks/grpo.py --steps 10
 """
@@ -63,14 +63,13 @@ class Steps(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="measured, after two that warm up")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
     options = parser.parse_args()
     params = read_params()
     params["train"] |= {"steps": options.steps + 2, "save_every": 10_000}
     with tempfile.TemporaryDirectory() as aside:
         work = Path(aside)
-        for name in ("captioner", "dataset", "encoder", "gallery"):
-            (work / name).symlink_to((options.artifacts / name).resolve())
+        for name in ("dataset", "gallery"):
+            (work / name).symlink_to(Path("artifacts", name).resolve())
         job = Job("cim-0", params, work).load()
         trainer = make_trainer(job, job_scorer(job), work / "checkpoints")
         reward, rollout = Watch(), Watch()

@@ -79,19 +79,21 @@ def main() -> None:
     rows = []
     for size in options.sizes:
         texts = vectors_of(size, seeds)
+        start = time.perf_counter()
         exact = ExactSearch(texts, device)
+        made = time.perf_counter() - start
         truth = exact.search(queries, K)
         expected = reward_of(truth, texts, source)
         for kind in options.kinds:
             start = time.perf_counter()
             path = GALLERIES / f"index-{size}.faiss"
             if kind == "exact":
-                search, effort, candidates = exact, 0, 0
+                search, built, effort, candidates = exact, made, 0, 0
             else:
                 tuned = build_index(texts, factory(kind, size), options.recall, path)
                 effort, candidates = tuned["effort"], tuned["candidates"]
                 search = open_search({"kind": factory(kind, size), "file": path.name, **tuned}, texts, GALLERIES)
-            built = time.perf_counter() - start
+                built = time.perf_counter() - start
             found = search.search(queries, K)
             row = {
                 "rows": size,

@@ -4,7 +4,7 @@
     python benchmarks/matching.py --vectors capture_vectors.json
 
 The file holds samples with "candidate_graph" and "reference_graph" as SceneGraph.of reads them, "extra_objects" and
-"extra_attributes"; they are repeated, with other partners, until there are --samples of them. The public package
+"extra_attributes". Each is scored once: a repeated one would cost us no further embedding. The public package
 (CAPTURE) needs its encoder set by hand, and NLTK's downloads and its unused parser disabled. SC-Captioner's scores are
 in no package: the peer computes them as published, on that package's matching, embedding the phrases of each
 pair of objects when it comes to them.
@@ -103,51 +103,42 @@ def whole_evaluation(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--vectors", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument(
-        "--peer-samples", type=int, default=120, help="scored by the peer, which takes as long for each"
-    )
     parser.add_argument("--labels", type=Path, help="a benchmark's folder, to time a whole evaluation")
     options = parser.parse_args()
-    vectors = json.loads(options.vectors.read_text())
-    candidates = [SceneGraph.of(v["candidate_graph"]) for v in vectors]
-    references = [SceneGraph.of(v["reference_graph"]) for v in vectors]
-    n = len(vectors)
-    rows = {}
-    for count in (n, options.samples):
-        # Round after round, every candidate meets the next reference.
-        samples = []
-        for i in range(count):
-            image = vectors[(j := (i + i // n) % n)]
-            extra = tuple(image["extra_objects"]), image["extra_attributes"]
-            samples.append(Sample(candidates[i % n], references[j], *extra))
-        encoder = load_text_encoder(TEXT)
-        words = {w for s in samples for of in s.extra_attributes.values() for w in of}
-        phrases = sorted(words.union(*(sample.phrases() for sample in samples)))
-        encoder.encode(phrases[:32])
-        embed = seconds(lambda: encoder.encode(phrases))  # noqa: B023
-        wordnet = load_wordnet()
-        out: list[dict] = []
-        ours = seconds(lambda: out.extend(score_all(samples, encoder.encode, wordnet)))  # noqa: B023
-        peer_score = public(load_wordnet(), encoder._model)
-        asked = samples[: min(count, options.peer_samples)]
-        theirs: list[list[float]] = []
-        peer = seconds(lambda: theirs.extend(map(peer_score, asked))) / len(asked)  # noqa: B023
-        mine = np.array([[row[field] for field in FIELDS] for row in out[: len(asked)]])
-        rows[count] = {
-            "phrases": len(phrases),
-            "embed_each_once_s": embed,
-            "ours_s": ours,
-            "ours_over_embedding": ours / embed,
-            "peer_s_a_sample": peer,
-            "times_the_peer": peer * count / ours,
-            "largest_difference": float(np.nanmax(np.abs(mine - np.array(theirs)))),
-        }
-    result = {"peer_samples": options.peer_samples, "samples": rows}
+    samples = [
+        Sample(
+            SceneGraph.of(v["candidate_graph"]), SceneGraph.of(v["reference_graph"]), tuple(v["extra_objects"]),
+            v["extra_attributes"],
+        )
+        for v in json.loads(options.vectors.read_text())
+    ]  # fmt: skip
+    count = len(samples)
+    encoder = load_text_encoder(TEXT)
+    words = {w for s in samples for of in s.extra_attributes.values() for w in of}
+    phrases = sorted(words.union(*(sample.phrases() for sample in samples)))
+    encoder.encode(phrases[:32])
+    embed = seconds(lambda: encoder.encode(phrases))
+    wordnet = load_wordnet()
+    out: list[dict] = []
+    ours = seconds(lambda: out.extend(score_all(samples, encoder.encode, wordnet)))
+    peer_score = public(load_wordnet(), encoder._model)
+    theirs: list[list[float]] = []
+    peer = seconds(lambda: theirs.extend(map(peer_score, samples)))
+    mine = np.array([[row[field] for field in FIELDS] for row in out])
+    row = {
+        "phrases": len(phrases),
+        "embed_each_once_s": embed,
+        "ours_s": ours,
+        "ours_over_embedding": ours / embed,
+        "peer_s_a_sample": peer / count,
+        "times_the_peer": peer / ours,
+        "largest_difference": float(np.nanmax(np.abs(mine - np.array(theirs)))),
+    }
+    result: dict = {"samples": {count: row}}
     if options.labels:
         result["evaluation"] = whole_evaluation(options.labels)
         print("a whole evaluation:", result["evaluation"])
-    report("matching", result, pd.DataFrame(rows))
+    report("matching", result, pd.DataFrame({count: row}))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from cim.gallery.store import IMAGES, INFO, ROWS, TEXTS, read_info
 PEER_CAPTIONS = 40
 
 
-def peer(folder: Path, captions: list[str], sources: np.ndarray) -> tuple[dict, np.ndarray]:
+def peer(folder: Path, captions: list[str], sources: np.ndarray, repeats: int) -> tuple[dict, np.ndarray]:
     """Ask the baseline server for one caption after the other."""
     with tempfile.TemporaryDirectory() as aside:
         port_file = Path(aside) / "port"
@@ -65,16 +65,14 @@ def peer(folder: Path, captions: list[str], sources: np.ndarray) -> tuple[dict, 
                 with urllib.request.urlopen(request) as answer:
                     return json.loads(answer.read())
 
-            ask(0)
-            start = time.perf_counter()
-            answers = [ask(i) for i in range(len(captions))]
-            total = (time.perf_counter() - start) / len(captions)
+            answers: list[dict] = []
+            total = median_seconds(lambda: answers.extend(map(ask, range(len(captions)))), repeats) / len(captions)
             held = memory(psutil.Process(server.pid))
         finally:
             server.kill()
     held |= {f"gallery_{k}": held[k] - before[k] for k in held}
     per_caption = {key: float(np.median([a[key] for a in answers])) for key in ("encode", "search")}
-    return {"total": total, **per_caption, **held}, np.array([a["reward"] for a in answers])
+    return {"total": total, **per_caption, **held}, np.array([a["reward"] for a in answers[: len(captions)]])
 
 
 def child(folder: Path, precision: str, captions: list[str], ids: list[str], sources: dict, repeats: int) -> dict:
@@ -130,7 +128,7 @@ def main() -> None:
         return
 
     print(f"peer: {PEER_CAPTIONS} captions, one request each", flush=True)
-    ours_peer, peer_reward = peer(folder, captions[:PEER_CAPTIONS], source_of[image[:PEER_CAPTIONS]])
+    ours_peer, peer_reward = peer(folder, captions[:PEER_CAPTIONS], source_of[image[:PEER_CAPTIONS]], options.repeats)
     ways = {"peer (one by one, float32)": ours_peer}
     rewards, rows = {}, {}
     for kind, precision in [("exact", "float32"), *((kind, "bfloat16") for kind in options.kinds)]:

@@ -116,7 +116,7 @@ def estimate(size: str, rank: int, dtype: str, bf16: bool, checkpointing: bool) 
     need = memory(job, Size(total, 0 if rank else total, layers, width, vocabulary, 0), BATCH, PROMPT, 1, 0)
     copies = need["weights"] - total * DTYPES[dtype].itemsize
     reading = BATCH * (PROMPT + COMPLETION) * width * READ * 2
-    return {"reading": reading / GIB, "update": (need["activations"] + copies) / GIB}
+    return {"reading": (reading + copies) / GIB, "update": (need["activations"] + copies) / GIB}
 
 
 def main() -> None:

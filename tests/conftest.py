@@ -1,18 +1,25 @@
 """Small real parts that the tests share: a folder of sprites, a data set, encoders trained for a moment."""
 
 import gc
+import json
+import logging
 import multiprocessing
 import os
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
+
+# An example that takes long says nothing where the machine is busy.
+hypothesis.settings.register_profile("cim", deadline=None)
+hypothesis.settings.load_profile("cim")
 
 # As the command line does: torch and transformers make a million objects, which are slow to search for cycles.
 gc.set_threshold(100_000)
@@ -181,6 +188,37 @@ def trained(tmp_path_factory, world, gallery, encoder_folder, captioner_folder):
     return folder
 
 
+@pytest.fixture
+def stub_factual(monkeypatch):
+    """Puts an answer to sentences in the place of the factual parser's model; returns a random T5 for its weights, and
+    the sentences that it is asked for. Nothing is downloaded."""
+
+    def stub(answer):
+        import transformers
+
+        from cim.evaluation.capture import parsers
+
+        config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        model, asked = transformers.T5ForConditionalGeneration(config), []
+
+        def give(kind, part):
+            load = kind.from_pretrained
+            monkeypatch.setattr(
+                kind, "from_pretrained", lambda name, **given: part if name == parsers.FACTUAL else load(name, **given)
+            )
+
+        def generate(self, sentences):
+            asked.extend(sentences)
+            return [answer(sentence) for sentence in sentences]
+
+        give(transformers.AutoTokenizer, None)
+        give(transformers.AutoModelForSeq2SeqLM, model)
+        monkeypatch.setattr(parsers.FactualParser, "_generate", generate)
+        return model, asked
+
+    return stub
+
+
 def change(**groups):
     """Change params.yaml of the current folder, as in change(train={"steps": 2}); returns all parameters."""
     path = Path("params.yaml")
@@ -201,7 +239,6 @@ def train(run, **groups):
 
 def assert_the_same(out: Path, whole: Path):
     """Two folders of a run hold the same weights and samples, and logs of the same values at every step."""
-    import json
 
     def values(folder, key):
         rows = json.loads((folder / "log.json").read_text())
@@ -211,3 +248,65 @@ def assert_the_same(out: Path, whole: Path):
         assert values(out, key) == values(whole, key), key
     for path in (*whole.glob("*.safetensors"), *whole.glob("samples.jsonl")):
         assert (out / path.name).read_bytes() == path.read_bytes(), path
+
+
+def moved(before, after) -> set[str]:
+    """The weights in which the models of two ModelSettings differ."""
+    import torch
+
+    from cim.captioners.models import load_model
+
+    one, two = (load_model(settings, torch.device("cpu"))[0].state_dict() for settings in (before, after))
+    return {name for name in one if not torch.equal(one[name], two[name])}
+
+
+def run_cells(stage: str, parameters: dict, report: str) -> None:
+    """In place of Papermill: a notebook's cells in this process, after its parameters are set."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    notebook = Path("notebooks", f"{stage}.ipynb")
+    names = {"display": display}
+    for i, cell in enumerate(json.loads(notebook.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}, cell {i}", "exec"), names)
+            names |= parameters if cell["metadata"].get("tags") == ["parameters"] else {}
+    plt.close("all")
+
+
+@contextmanager
+def dvc_repository(folder: Path):
+    """DVC's repository of a folder, in this process. It logs nothing: its handlers are tied to the streams that were
+    current when something imported it first, which may be those of a test that has ended."""
+    from dvc.logger import set_loggers_level
+    from dvc.repo import Repo
+
+    with set_loggers_level(logging.CRITICAL), chdir(folder), Repo() as repo:
+        yield repo
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    """Write rows, a table or dictionaries, as JSON lines."""
+    rows = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files_of(*folders: Path) -> dict[Path, bytes | bool]:
+    """All paths in these folders, with the content of files."""
+    return {path: path.is_file() and path.read_bytes() for folder in folders for path in folder.rglob("*")}
+
+
+def error_of(capsys, *arguments, status: int = 2) -> str:
+    """The one line with which a command ends."""
+    from cim.cli.__main__ import main
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == status
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert lines == error.splitlines()[-1:], error
+    return lines[0]

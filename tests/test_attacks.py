@@ -9,13 +9,14 @@ CAPTIONS = ["a red owl sits there", "two dogs", "the blue bee flies over it"]
 
 
 def test_every_attack_says_something_else():
-    variants = attacks(CAPTIONS, ["copy 0", "copy 1", "copy 2"], ["owls like fish", "bees like honey", "like bees"])
+    copied = ["copy 0", "copy 1", "copy 2"]
+    variants = attacks(CAPTIONS, copied, ["owls like fish", "bees like honey", "like bees"])
     assert variants.pop(HONEST) == CAPTIONS
-    for captions in variants.values():
-        assert len(captions) == 3
-        assert (
-            all(caption != honest for caption, honest in zip(captions, CAPTIONS, strict=True)) or "two dogs" in captions
-        )
+    for attack, captions in variants.items():
+        same = [caption == honest for caption, honest in zip(captions, CAPTIONS, strict=True)]
+        assert same == [False, attack == "fragment", False], attack  # "two dogs" has no three words
+    assert variants["copied"] == copied
+    assert variants["repeated"][1] == "two dogs two dogs two dogs"
     assert variants["fragment"] == ["a red owl", "two dogs", "the blue bee"]
     assert variants["another's"] == [CAPTIONS[2], CAPTIONS[0], CAPTIONS[1]]
     assert variants["stuffed"][0] == "like bees fish honey owls"

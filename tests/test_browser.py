@@ -107,7 +107,7 @@ def jupyterlab(folder: Path, home: Path):
             yield found[1]
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(120)
     assert "without encryption" not in log.read_text()
 
 

@@ -1,16 +1,26 @@
 """Several captions of one image: choosing among them, and how scores agree with their quality."""
 
+import json
 from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from cim.data.manifest import Manifest
 from cim.evaluation import attacks
-from cim.evaluation.candidates import FactScorer, best_of, choose_setting, compare_scores
+from cim.evaluation.candidates import (
+    FactScorer,
+    best_of,
+    choose_setting,
+    compare_scores,
+    quality_of,
+    score_candidates,
+)
+from cim.evaluation.caption_metrics import cider
 from cim.report import figures, findings
 from cim.scorer import RewardSettings, Scorer
-from cim.world.scoring import stated_facts
+from cim.world.scoring import quality, stated_facts
 
 
 def slow_best_of(n, score, quality):
@@ -184,6 +194,54 @@ def test_a_setting_is_chosen_on_one_half_and_reported_on_the_other(rng):
 @pytest.fixture
 def scorer(gallery, encoders):
     return Scorer(gallery, *encoders, RewardSettings())
+
+
+def test_every_score_of_candidates_is_that_of_a_plain_scorer(gallery, encoders, world, rng):
+    """At the setting that it names; captions may repeat, of one image and of several, and be empty."""
+    train = world.split("train").take(range(4))
+    ids, own, others = train.frame["image_id"].tolist(), train.captions, np.roll(train.captions, 1).tolist()
+    frame = pd.DataFrame({"image_id": [*ids, *ids, *ids, ids[0]], "caption": [*own, *others, *own, ""]})
+    frame["likelihood"] = rng.normal(size=len(frame))
+    asked = frame["caption"].tolist(), frame["image_id"].tolist()
+    settings = RewardSettings(k=2)
+
+    def plain(settings, kind=Scorer):
+        scorer = kind(gallery, *encoders, settings)
+        scorer.add_sources(train)
+        return scorer
+
+    scorer, rewards = plain(settings), {"wide": RewardSettings(k=6, decay=0.9), "soft": RewardSettings(temperature=0.1)}
+    scores = score_candidates(scorer, frame, rewards, read=True)
+    expected = plain(settings).retrieval_scores(*asked).to_dict("series")
+    expected |= {name: plain(of).retrieval_scores(*asked)["cim"] for name, of in rewards.items()}
+    expected |= {"cim, exact facts": plain(settings, FactScorer).retrieval_scores(*asked)["cim"]}
+    expected |= plain(settings).paired_scores(*asked).to_dict("series")
+    expected |= {"likelihood": frame["likelihood"], "words": [len(caption.split()) for caption in asked[0]]}
+    assert set(scores) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(scores[name], values, atol=1e-5, err_msg=name)
+    assert len({tuple(values.round(3)) for values in scores.values()}) == len(scores)
+    assert scorer.text is encoders[0]
+    assert set(scores) - set(score_candidates(scorer, frame.drop(columns="likelihood"), {})) == {
+        "wide", "soft", "cim, exact facts", "likelihood",
+    }  # fmt: skip
+
+
+def test_the_quality_of_candidates_is_that_of_their_own_image(world):
+    test = world.split("test")
+    rows = [2, 0, 2, 1]
+    said = [test.captions[2], test.captions[1], "there is a thing.", test.captions[1]]
+    candidates = pd.DataFrame({"image_id": test.frame["image_id"].iloc[rows], "caption": said})
+    found, name = quality_of(candidates, test)
+    assert name == "F1 of facts"
+    assert found.tolist() == [quality([c], test.frame["scene"].iloc[[i]])[0] for i, c in zip(rows, said, strict=True)]
+    assert found[0] == found[3] == 1 > found[1] > found[2]
+    human = test.frame.drop(columns="scene").assign(queries=json.dumps(["a bird."]))
+    found, name = quality_of(candidates, Manifest(human, test.image_root))
+    references = [[caption, "a bird."] for caption in test.captions]
+    assert name == "CIDEr-D"
+    assert found.tolist() == cider(said, references, np.array(rows)).tolist()
+    assert found[0] > found[1]
 
 
 @pytest.mark.parametrize("temperature", [None, 0.2])

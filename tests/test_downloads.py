@@ -294,6 +294,7 @@ def test_hub_errors_are_one_clear_line(hub, tmp_path, offline, models):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_described_and_downloaded(hub, tmp_path):
     code = "import sys; from cim.cli.__main__ import main; main(sys.argv[1:])"
     out, errors = at_hub(hub, tmp_path, code, "download", "sc-captioner", "--to", str(tmp_path / "to"), "--yes")

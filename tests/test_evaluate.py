@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,10 +15,10 @@ from scipy import stats
 
 from cim import runs
 from cim.cli import __main__ as cli
-from cim.data.labels import Labels, labels_of
+from cim.data.labels import Labels, labels_of, load_labels
 from cim.errors import CimError
 from cim.evaluation.capture import parsers
-from cim.evaluation.capture.evaluate import _comparisons, agreement, evaluate
+from cim.evaluation.capture.evaluate import _by_relation, _comparisons, agreement, evaluate
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.capture.matching import MODES, Sample, Similarity, relations_recalled
 from cim.evaluation.capture.parsers import FactualParser, WorldParser
@@ -200,13 +201,12 @@ def test_question_scores():
     )
 
 
-def test_a_published_accuracy_is_mostly_yes(reference):
-    from cim.data.labels import load_labels
-
-    labels = load_labels(reference / "cocoln500")
+@pytest.mark.parametrize(("name", "questions", "share"), [("cocoln500", 2462, 0.957), ("docci500", 2481, 0.915)])
+def test_a_published_accuracy_is_mostly_yes(reference, name, questions, share):
+    labels = load_labels(reference / name)
     scores = question_scores(read_all(AlwaysYes(), labels.references, labels.questions))
-    assert scores["questions"] == 2462
-    assert scores["accuracy"] == pytest.approx(0.957, abs=5e-4)
+    assert scores["questions"] == questions
+    assert scores["accuracy"] == pytest.approx(share, abs=5e-4)
     assert scores["balanced"] == 0.5
 
 
@@ -252,7 +252,7 @@ FACTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def factual(tmp_path_factory):
     """A T5 of the hub model's class, a moment's training from knowing five sentences by heart."""
     import torch
@@ -279,8 +279,9 @@ def factual(tmp_path_factory):
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     labels = fast(list(FACTS.values()), padding=True, return_tensors="pt")["input_ids"]
     labels[labels == 0] = -100
-    # Beams end early where so few words compete with the end: some seeds say by beam search what they know, some do not.
-    for seed in range(20):
+    # Beams end early where so few words compete with the end: a third of the seeds say by beam search what they know, 1 and
+    # 5 among them, though on another processor it may be others.
+    for seed in (1, 5, *range(6, 24)):
         torch.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -299,6 +300,7 @@ def factual(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_papers_parser_from_sentences_to_graph(wordnet, factual):
     caption = " ".join(list(FACTS)[:2])
     graph = FactualParser(wordnet, str(factual)).parse([caption, "", "Two women hold a white umbrella."])
@@ -312,11 +314,11 @@ def test_the_papers_parser_from_sentences_to_graph(wordnet, factual):
     assert FactualParser(wordnet, str(factual), batch=1).parse([caption]) == graph[:1]
 
 
-def test_evaluate_with_the_papers_parser_reports_how_far_both_agree(wordnet, folder, factual, monkeypatch):
-    monkeypatch.setattr(parsers, "FACTUAL", str(factual))
-    monkeypatch.setattr(FactualParser.__init__, "__defaults__", (str(factual), "cpu", 64))
+def test_evaluate_with_the_papers_parser_reports_how_far_both_agree(wordnet, folder, stub_factual):
+    _, asked = stub_factual({**FACTS, "An owl.": "( owl )", "Women.": "( women )"}.get)
     metrics = run(folder, "--parser", "factual")
-    assert metrics["parser"] == f"factual:{factual}"
+    assert set(asked) == {*FACTS, "An owl.", "Women."}
+    assert metrics["parser"] == f"factual:{parsers.FACTUAL}"
     agree = metrics["agreement with the pattern parser"]
     assert set(agree) == {"objects", "attributes", "relations"}
     assert agree["objects"] > 0.8
@@ -359,6 +361,41 @@ def test_seeds_of_a_method_are_one_method(wordnet, folder):
     cell = metrics["methods"]["mine"]["strict"]["object_recall"]
     assert cell["value"] == pytest.approx(mine["object_recall"].mean(), abs=1e-4)
     assert cell["interval"][0] < cell["value"] < cell["interval"][1] <= 1
+
+
+def test_recall_of_relations_over_images_and_seeds(rng):
+    """Of twelve images: 13 times "on", and 9 times "near", which is too rare to be listed."""
+    on, by, near = ("owl", "on", "tree"), ("owl", "by", "tree"), ("car", "near", "tree")
+    references = [SceneGraph(("owl",), {}, (on, near) if i < 9 else (on,)) for i in range(12)]
+    references[0] = SceneGraph(("owl",), {}, (on, near, ("car", "on", "tree")))
+    said = {
+        ("base", 0): [on] * 6 + [by] * 3 + [None] * 3,
+        ("cim", 0): [on] * 12,
+        ("cim", 1): [by] * 12,
+    }
+    samples = {
+        run: [Sample(SceneGraph(relations=(t,) if t else ()), r) for t, r in zip(own, references, strict=True)]
+        for run, own in said.items()
+    }
+
+    def encode(phrases):
+        vectors = np.eye(len(phrases))
+        here, there = phrases.index("owl by tree"), phrases.index("owl on tree")
+        vectors[here] = 0.8 * vectors[here] + 0.6 * vectors[there]
+        return vectors
+
+    everything = [*chain.from_iterable(samples.values())]
+    similarity = Similarity.of_samples(everything, encode, None)
+    seeds = {"base": [0], "cim": [0, 1]}
+    found = _by_relation(samples, seeds, similarity, Bootstrap(12, {"base": 1, "cim": 2}, 200, rng))
+    assert {method: set(relations) for method, relations in found.items()} == {"base": {"on"}, "cim": {"on"}}
+    expected = {"base": (6 / 13, (6 + 3 * 0.6) / 13), "cim": (12 / 26, (12 + 12 * 0.6) / 26)}
+    for method, values in expected.items():
+        cells = found[method]["on"]
+        assert cells["stated"] == 13
+        for kind, value in zip(("exact", "soft"), values, strict=True):
+            assert cells[kind]["value"] == pytest.approx(value)
+            assert cells[kind]["interval"][0] < value < cells[kind]["interval"][1]
 
 
 def test_relations_one_by_one(wordnet):
@@ -617,6 +654,27 @@ def test_a_method_that_says_nothing_of_half_the_images_is_compared_on_the_other_
         assert row["interval"] == pytest.approx([0, 0])
         assert row["p_holm"] == 1
         assert row["images"] == 30
+
+
+def test_the_effect_is_cohens_d_of_images(rng):
+    """Of the mean over seeds of each image where both methods are defined; 0 where nothing varies."""
+    base, cim = rng.uniform(0, 0.5, (1, 30)), rng.uniform(0.2, 1, (3, 30))
+    base[0, :5] = cim[1, 7] = np.nan
+    even = np.round(8 * base) / 8
+    values = {("base", mode): np.stack([base, even], axis=2) for mode in MODES}
+    values |= {("cim", mode): np.stack([cim, np.repeat(even + 0.5, 3, axis=0)], axis=2) for mode in MODES}
+    bootstrap = Bootstrap(30, {"base": 1, "cim": 3}, 200, rng)
+    rows = _comparisons(["base", "cim"], ["capture", "object_f1"], values, bootstrap)
+    assert [(row["mode"], row["field"]) for row in rows] == [*product(MODES, ("capture", "object_f1"))]
+    differences = []
+    for i in range(5, 30):
+        seeds = [value for value in cim[:, i] if not np.isnan(value)]
+        differences.append(sum(seeds) / len(seeds) - base[0, i])
+    mean = sum(differences) / 25
+    spread = (sum((d - mean) ** 2 for d in differences) / 24) ** 0.5
+    for row in rows:
+        assert row["images"] == 25
+        assert row["effect"] == pytest.approx(mean / spread if row["field"] == "capture" else 0)
 
 
 def test_pictures_show_prices_and_leave_out_what_cannot_be_opened(tmp_path):

@@ -31,7 +31,7 @@ from cim.gallery.settings import BuildSettings
 from cim.gallery.shards import Record, Shard, shards_of
 from cim.gallery.store import load_gallery
 from cim.images import open_image, read_stored
-from conftest import ROOT
+from conftest import ROOT, error_of, files_of, write_jsonl
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "cyan", "magenta")
 
@@ -75,11 +75,6 @@ def stubs(monkeypatch):
     monkeypatch.setattr(encoders, "load_image_encoder", image)
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Images, captions of them, a gallery of them, and a benchmark; no test changes it."""
@@ -90,7 +85,7 @@ def base(tmp_path_factory):
         noise = rng.integers(0, 60, (8, 8, 3), dtype=np.uint8)
         Image.blend(Image.new("RGB", (8, 8), name), Image.fromarray(noise), 0.3).save(folder / "images" / f"{name}.png")
     rows = [{"image_id": name, "image": f"images/{name}.png", "caption": f"a {name} square"} for name in COLOURS]
-    jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
         stubs.__wrapped__(patch)
         main(["gallery", "build", str(folder / "gallery"), str(folder / "rows.jsonl")])
@@ -98,23 +93,6 @@ def base(tmp_path_factory):
     (folder / "labels" / "references.json").write_text(json.dumps({name: f"a {name} square" for name in COLOURS}))
     (folder / "mine.json").write_text(json.dumps({name: f"a {name} thing" for name in COLOURS}))
     return folder
-
-
-def files_of(*folders):
-    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
-
-
-def error_of(capsys, *arguments, status=2) -> str:
-    """The one line with which a command ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == status
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert lines == error.splitlines()[-1:], error
-    return lines[0]
 
 
 PNG = io.BytesIO()
@@ -425,7 +403,7 @@ def test_two_at_once(base, tmp_path, capsys, command):
 
 def test_a_damaged_zip_of_images(base, tmp_path, capsys):
     (tmp_path / "a.zip").write_bytes(b"PK no zip")
-    source = jsonl(tmp_path / "rows.jsonl", [{"image": "a/1.png", "caption": "x"}])
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a/1.png", "caption": "x"}])
     assert "a.zip: not a readable zip file" in error_of(capsys, "gallery", "build", tmp_path / "new", source)
 
 
@@ -486,7 +464,7 @@ def test_exif_orientation(tmp_path, orientation):
 
 
 def scored(tmp_path, base, rows, *more) -> pd.DataFrame:
-    source = jsonl(tmp_path / "asked.jsonl", rows)
+    source = write_jsonl(tmp_path / "asked.jsonl", rows)
     main([str(a) for a in ("score", source, "--gallery", base / "gallery", "--out", tmp_path / "out.jsonl", *more)])
     return pd.read_json(tmp_path / "out.jsonl", lines=True, dtype=False)
 
@@ -546,7 +524,7 @@ def test_half_an_emoji_is_replaced_and_counted(base, tmp_path, capsys):
     rows = [
         {"image_id": str(i), "image": image, "caption": text} for i, text in enumerate(("ok", "\ud83d", "x \ude00"))
     ]
-    main(["gallery", "build", str(tmp_path / "new"), str(jsonl(tmp_path / "rows.jsonl", rows))])
+    main(["gallery", "build", str(tmp_path / "new"), str(write_jsonl(tmp_path / "rows.jsonl", rows))])
     assert "2 captions hold U+FFFD in place of invalid characters" in capsys.readouterr().out
     assert load_gallery(tmp_path / "new").rows["caption"].tolist() == ["ok", "\ufffd", "x \ufffd"]
     (tmp_path / "mine.json").write_text('{"red": "a \\ud83d", "blue\\ud83d": "x"}')
@@ -581,7 +559,7 @@ def test_images_in_zip_files_are_read_in_place(base, tmp_path, capsys):
     content = (images / "000072.zip").read_bytes()
     (images / "000072.zip").write_bytes(content.replace(blue, blue[:-1] + b"x", 1))
     rows = [{"image_path": f"00007{i // 3 + 2}/{i}.png", "image_id": i, "caption": str(i)} for i in (1, 2, 3)]
-    source = jsonl(tmp_path / "rows.jsonl", rows)
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
     command = ["gallery", "build", str(tmp_path / "new"), str(source), "--image-root", str(images)]
     main([*command, "--max-skipped", "0.5"])
     gallery = load_gallery(tmp_path / "new")
@@ -589,7 +567,7 @@ def test_images_in_zip_files_are_read_in_place(base, tmp_path, capsys):
     assert gallery.take([0])["image"][0].endswith("images/000072.zip!000072/1.png")
     assert open_image(gallery.take([1])["image"][0]).tobytes() == open_image(blue).tobytes()
     assert "Bad CRC-32" in (tmp_path / "new" / "skipped.jsonl").read_text()
-    jsonl(source, [{"image_path": "000072/both.png", "caption": "x"}])
+    write_jsonl(source, [{"image_path": "000072/both.png", "caption": "x"}])
     assert "several zip files of that folder hold it" in error_of(capsys, *command)
 
 

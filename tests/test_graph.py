@@ -2,16 +2,15 @@
 
 import shutil
 import stat
-import subprocess
 import sys
-from contextlib import chdir
+from pathlib import Path
 
 import pytest
 import yaml
 
 import graph
 from cim.train.settings import SHARED
-from conftest import ROOT
+from conftest import ROOT, dvc_repository
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
@@ -22,8 +21,8 @@ CODE = ("src/", "notebooks/")
 STUB = """#!{python}
 import hashlib, sys, yaml
 from pathlib import Path
-params = yaml.safe_load(open("params.yaml"))
-stages = yaml.safe_load(open("dvc.yaml"))["stages"]
+params, pipeline = (yaml.load(open(name), yaml.CSafeLoader) for name in ("params.yaml", "dvc.yaml"))
+stages = pipeline["stages"]
 run = sys.argv[sys.argv.index("--run") + 1] if "--run" in sys.argv else ""
 for name, stage in stages.items():
     body = stage.get("do", stage)
@@ -56,6 +55,15 @@ def test_a_stage_depends_on_the_code_that_it_runs_and_no_other(stage):
     assert named == graph.cover(graph.closure(stage)), "python tests/graph.py writes what dvc.yaml should name"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_folders_that_a_stage_names_hold_no_other_code(stage):
+    """`cover`, undone without it: every file of the named folders, one by one."""
+    named = [ROOT / dep for dep in STAGES[stage]["deps"] if dep.startswith(CODE)]
+    held = {file for path in named for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    run = graph.closure(stage)
+    assert {path for path in held ^ run if path.suffix != ".py" or graph.code._code(path).body} == set()
+
+
 @pytest.mark.parametrize("stage", graph.TRAINERS)
 def test_a_training_stage_depends_on_all_that_its_process_imports(stage):
     """Besides the other trainer and what that alone imports."""
@@ -76,6 +84,8 @@ def test_fine_tuning_depends_on_what_it_reads_of_the_train_group():
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """The pipeline with all its stages up to date, made by the stub."""
+    from dvc.repo import Repo
+
     folder = tmp_path_factory.mktemp("graph")
     for name in (
         "src",
@@ -102,31 +112,37 @@ def repository(tmp_path_factory):
     (folder / "bin").mkdir()
     (folder / "bin" / "cim").write_text(STUB.format(python=sys.executable))
     (folder / "bin" / "cim").chmod(stat.S_IRWXU)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
+    Repo.init(str(folder), no_scm=True).close()
     reproduce(folder)
     return folder
 
 
 def reproduce(folder) -> set[str]:
     """The stages that `dvc repro` runs, without the items of a foreach."""
-    env = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "DVC_NO_ANALYTICS": "1"}
-    dvc = [sys.executable, "-m", "dvc", "repro"]
-    done = subprocess.run(dvc, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
-    return {line.split("'")[1].split("@")[0].split(":")[-1] for line in lines}
+    with pytest.MonkeyPatch.context() as patch, dvc_repository(folder) as repo:
+        patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+        return {name_of(stage.addressing) for stage in repo.reproduce()}
 
 
-def marked(folder) -> set[str]:
-    """The stages that `dvc status` would rerun for a change of their own inputs."""
-    from dvc.repo import Repo
+def name_of(address: str) -> str:
+    return address.split("@")[0].split(":")[-1]
 
-    with chdir(folder), Repo() as repo:
-        return {name.split("@")[0].split(":")[-1] for name in repo.status()}
+
+def changed(folder) -> dict[str, set[str]]:
+    """What `dvc status` names as changed of each stage's own inputs: paths, and keys of params.yaml."""
+    with dvc_repository(folder) as repo:
+        status = repo.status()
+    found: dict[str, set[str]] = {}
+    for name, (entry,) in status.items():
+        names = found.setdefault(name_of(name), set())
+        for path, what in entry.pop("changed deps").items():
+            names.update([path] if isinstance(what, str) else what)
+        assert not entry, name
+    return found
 
 
 def test_what_is_up_to_date_is_not_marked(repository):
-    assert marked(repository) == set()
+    assert changed(repository) == {}
 
 
 ROOMS = {
@@ -135,75 +151,69 @@ ROOMS = {
     if graph.code._code(path).body
 }
 FILES = [*ROOMS.values(), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+INPUTS = {
+    "data/raw": {"dataset", "judgements"},
+    "conf/none/README": {"gallery"},
+    "results/flickr8k/params.yaml": {"results"},
+    "results/study/params.yaml": {"results"},
+}
+PARAMETERS = [
+    ("train", "kl", 0.5, {"train", "on_sft"}),
+    ("train", "lora_rank", 8, {"train", "on_sft", "sft"}),
+    ("compute", "log_to", ["tensorboard"], set()),
+    ("compute", "per_device", 1, set()),
+    ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
+    ("sft", "lr", 1.0, {"sft", "labels"}),
+    ("variants", "few", {"sft": {"images": 48}}, {"train", "on_sft", "sft", "labels", "ablation"}),
+    ("gallery", "recall", 0.5, {"gallery"}),
+    ("encoders", "text", "other", {"gallery", "correlation", "train", "on_sft", "samples", "evaluate", "judgements"}),
+    ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
+    ("samples", "seed", 1, {"samples"}),
+    ("judgements", "seed", 1, {"judgements"}),
+    ("labels", "seed", 1, {"labels"}),
+    ("ablation", "seed", 1, {"ablation"}),
+    ("correlation", "seed", 1, {"correlation"}),
+    ("evaluate", "seed", 1, {"evaluate"}),
+    ("captions", "batch", 1, {"captions"}),
+]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_change_of_code_marks_the_stages_that_run_it(repository, path):
-    copy = repository / path.relative_to(ROOT)
-    before = copy.read_text()
+@pytest.fixture(scope="module")
+def marks(repository):
+    """What `dvc status` names where everything below is changed: it says of each stage by which of its inputs."""
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    for group, key, value, _ in PARAMETERS:
+        params[group][key] = value
+    copies = [repository / name for name in (*(path.relative_to(ROOT) for path in FILES), *INPUTS)]
+    before = {path: path.read_bytes() for path in (*copies, repository / "params.yaml")}
     try:
-        copy.write_text(before + "\n")
-        assert marked(repository) == {stage for stage in STAGES if path in graph.closure(stage)}
+        for path in copies:
+            path.write_bytes(before[path] + b"\n")
+        (repository / "params.yaml").write_text(yaml.safe_dump(params))
+        return changed(repository)
     finally:
-        copy.write_text(before)
+        for path, content in before.items():
+            path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("group", "key", "value", "stages"),
-    [
-        ("train", "kl", 0.5, {"train", "on_sft"}),
-        ("train", "lora_rank", 8, {"train", "on_sft", "sft"}),
-        ("compute", "log_to", ["tensorboard"], set()),
-        ("compute", "per_device", 1, set()),
-        ("reward", "beta", 2.0, {"train", "on_sft", "samples", "evaluate", "judgements"}),
-        ("sft", "lr", 1.0, {"sft", "labels"}),
-        ("variants", "few", {"sft": {"images": 48}}, {"train", "on_sft", "sft", "labels", "ablation"}),
-        ("gallery", "recall", 0.5, {"gallery"}),
-        (
-            "encoders",
-            "text",
-            "other",
-            {"gallery", "correlation", "train", "on_sft", "samples", "evaluate", "judgements"},
-        ),
-        ("model", "prompt", "what?", {"correlation", "train", "on_sft", "sft", "captions", "samples"}),
-        ("samples", "seed", 1, {"samples"}),
-        ("judgements", "seed", 1, {"judgements"}),
-        ("labels", "seed", 1, {"labels"}),
-        ("ablation", "seed", 1, {"ablation"}),
-        ("correlation", "seed", 1, {"correlation"}),
-        ("evaluate", "seed", 1, {"evaluate"}),
-        ("captions", "batch", 1, {"captions"}),
-    ],
-)
-def test_a_change_of_a_parameter_marks_the_stages_that_read_it(repository, group, key, value, stages):
-    path = repository / "params.yaml"
-    before = path.read_text()
-    params = yaml.safe_load(before)
-    params[group][key] = value
-    try:
-        path.write_text(yaml.safe_dump(params))
-        assert marked(repository) == stages
-    finally:
-        path.write_text(before)
+def marked_by(marks, path) -> set[str]:
+    """The stages that a change of this file marks."""
+    return {stage for stage, names in marks.items() if any(path.is_relative_to(name) for name in names)}
 
 
-@pytest.mark.parametrize(
-    ("name", "stages"),
-    [
-        ("data/raw", {"dataset", "judgements"}),
-        ("conf/none/README", {"gallery"}),
-        ("results/flickr8k/params.yaml", {"results"}),
-        ("results/study/params.yaml", {"results"}),
-    ],
-)
-def test_a_change_of_an_input_file_marks_the_stage_that_reads_it(repository, name, stages):
-    path = repository / name
-    before = path.read_bytes()
-    try:
-        path.write_bytes(before + b"\n")
-        assert marked(repository) == stages
-    finally:
-        path.write_bytes(before)
+@pytest.mark.parametrize("path", [path.relative_to(ROOT) for path in FILES], ids=str)
+def test_a_change_of_code_marks_the_stages_that_run_it(marks, path):
+    assert marked_by(marks, path) == {stage for stage in STAGES if ROOT / path in graph.closure(stage)}
+
+
+@pytest.mark.parametrize(("group", "key", "stages"), [(group, key, stages) for group, key, _, stages in PARAMETERS])
+def test_a_change_of_a_parameter_marks_the_stages_that_read_it(marks, group, key, stages):
+    assert {stage for stage, names in marks.items() if names & {group, f"{group}.{key}"}} == stages
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_change_of_an_input_file_marks_the_stage_that_reads_it(marks, name):
+    assert marked_by(marks, Path(name)) == INPUTS[name]
 
 
 def test_a_reward_parameter_reruns_training_and_what_follows_only(repository, tmp_path):

@@ -10,7 +10,7 @@ from scipy.io import savemat
 
 from cim.cli import __main__ as cli
 from cim.errors import CimError
-from cim.evaluation.judgements import VOTES, Judgements, agreement_with_people, load_judgements
+from cim.evaluation.judgements import VOTES, Judgements, _preferences, agreement_with_people, load_judgements
 from cim.evaluation.statistics import kendall, kendall_within
 from cim.images import ImageFolder
 from cim.rewards import RewardSettings
@@ -233,6 +233,33 @@ def test_kendall_knows_its_interval(rng):
     assert low < tau["value"] < high
     assert high - low < 0.15
     assert np.isnan(kendall(np.ones(400), y, images, rng, 10)["value"])
+
+
+def test_captions_of_one_image_are_drawn_together(rng):
+    """Copies of every row say nothing new: each resample of images gives the same tau."""
+    x, y, images = rng.normal(size=40), rng.normal(size=40), np.arange(40)
+    few, copies = (
+        kendall(*(np.repeat(values, n) for values in (x, y, images)), np.random.default_rng(0), 100) for n in (1, 5)
+    )
+    assert few["interval"][1] - few["interval"][0] > 0.2
+    assert copies["value"] == pytest.approx(few["value"])
+    assert copies["interval"] == pytest.approx(few["interval"])
+
+
+def test_pairs_of_one_image_are_drawn_together(rng):
+    columns = {"image": np.arange(24), "preferred": rng.integers(0, 2, 24), "category": ["HC", "HI", "HM", "MM"] * 6}
+
+    def cells(copies: int) -> dict:
+        pairs = pd.DataFrame(columns).loc[np.repeat(np.arange(24), copies)].reset_index(drop=True)
+        sides = [pairs.assign(pair=pairs.index, side=side, score=(pairs["image"] % 3 == side) * 1.0) for side in (0, 1)]
+        return _preferences(pd.concat(sides), "score", np.random.default_rng(0), 100)
+
+    few, copies = cells(1), cells(5)
+    assert set(few) == {"HC", "HI", "HM", "MM", "mean"}
+    for category, cell in few.items():
+        assert cell["interval"][1] - cell["interval"][0] > 0.1
+        assert copies[category]["value"] == pytest.approx(cell["value"])
+        assert copies[category]["interval"] == pytest.approx(cell["interval"])
 
 
 def test_images_are_found_by_name_in_any_folder(pictures):

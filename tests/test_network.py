@@ -67,6 +67,7 @@ def hosts(command: list[str], folder) -> tuple[set[str], list[str]]:
     return found, [line for line in lines if line.startswith("started")]
 
 
+@pytest.mark.slow
 def test_a_connection_is_noticed(tmp_path):
     """The same watch, over a process whose child opens one."""
     (tmp_path / "control.py").write_text(CONTROL)

@@ -1,7 +1,5 @@
 """Best of N: of several captions of each image the one that the reward prefers."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from cim.cli.__main__ import main
 from cim.evaluation.attacks import nearest_captions
 from cim.score_files import best_captions
+from conftest import error_of, write_jsonl
 
 
 def test_the_best_of_each_image_comes_first():
@@ -33,8 +32,7 @@ def test_rerank_keeps_one_caption_an_image(gallery, world, tmp_path, capsys, suf
         for path, true, other in zip(test.image_paths, test.captions, wrong, strict=True)
         for caption in (other, true, "")
     ]
-    source, out = tmp_path / "candidates.jsonl", tmp_path / f"best.{suffix}"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, out = write_jsonl(tmp_path / "candidates.jsonl", rows), tmp_path / f"best.{suffix}"
     main(["rerank", str(source), "--gallery", str(gallery.folder), "--out", str(out), "-k", "2", "--by", "qir"])
     read = pd.read_parquet if suffix == "parquet" else lambda path: pd.read_json(path, lines=True)
     best, scores = read(out), read(out.with_stem("best-all"))
@@ -47,11 +45,9 @@ def test_rerank_keeps_one_caption_an_image(gallery, world, tmp_path, capsys, suf
 def test_rerank_names_candidates_that_have_no_score(gallery, world, tmp_path, capsys):
     path = world.split("test").image_paths[0]
     rows = [{"image": str(path), "caption": "an owl."}, {"image": "missing.png", "caption": "a bee."}]
-    source, out = tmp_path / "candidates.jsonl", tmp_path / "best.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SystemExit):
-        main(["rerank", str(source), "--gallery", str(gallery.folder), "--out", str(out), "-k", "2"])
-    assert "1 rows have no score, see their 'error' in" in capsys.readouterr().err
+    source, out = write_jsonl(tmp_path / "candidates.jsonl", rows), tmp_path / "best.jsonl"
+    command = ["rerank", source, "--gallery", gallery.folder, "--out", out, "-k", 2]
+    assert "1 rows have no score, see their 'error' in" in error_of(capsys, *command)
     assert pd.read_json(out, lines=True)["caption"].tolist() == ["an owl."]
 
 

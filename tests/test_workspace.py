@@ -3,11 +3,14 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from cim.cli.__main__ import main
+from cim.data.manifest import write_manifest
 from cim.errors import CimError
 from cim.pipeline import captions, stages
 from cim.pipeline.compose import compose
@@ -74,14 +77,17 @@ def test_an_invalid_parameter_of_a_later_stage_stops_the_first_one(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
+@pytest.mark.slow
 def test_checking_parameters_imports_no_heavy_library():
     heavy = "{'torch', 'transformers', 'faiss', 'open_clip', 'sentence_transformers'}"
     check = f"import sys, cim.pipeline.groups; sys.exit(str({heavy} & set(sys.modules) or ''))"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stderr.strip() == ""
 
 
-def test_captions_are_kept_until_their_settings_or_code_change(workspace, monkeypatch, capsys):
+def test_captions_are_kept_until_what_they_are_made_of_changes(workspace, world, monkeypatch, capsys):
+    """Settings, code, one weight or one image; captions of other runs and splits are removed."""
     change(runs={"grpo": [], "sft": [], "on_sft": []})
+    captioner, dataset = Path("artifacts/captioner"), Path("artifacts/dataset")
 
     def kept(**settings) -> bool:
         captions.run(change(captions=settings))
@@ -91,6 +97,24 @@ def test_captions_are_kept_until_their_settings_or_code_change(workspace, monkey
     assert kept()
     assert not kept(max_new_tokens=5)
     monkeypatch.setattr(captions.code, "digest", lambda *modules: "other code")
+    assert not kept()
+    assert kept()
+    stale = [Path("results/captions", name) for name in ("test/gone-0.json", "train/base-0.json")]
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    trained = captioner.resolve()
+    captioner.unlink()
+    shutil.copytree(trained, captioner)
+    weights = load_file(captioner / "model.safetensors")
+    next(tensor for tensor in weights.values() if tensor.is_floating_point()).view(-1)[0] += 1
+    save_file(weights, captioner / "model.safetensors", {"format": "pt"})
+    assert not kept()
+    assert not any(path.exists() for path in stale)
+    dataset.unlink()
+    frame = world.frame.copy()
+    frame.loc[frame["split"].eq("test").idxmax(), "digest"] = "of another image"
+    write_manifest(frame, dataset / "manifest.parquet", world.image_root)
     assert not kept()
     assert kept()
 

@@ -1,12 +1,16 @@
 """The small world: its splits, its English and the reader of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cim.data.manifest import Manifest
+from cim.evaluation.facts import fact_counts, metrics_of
 from cim.world import language, reader, scoring
 from cim.world.scenes import Scene, SceneObject, compose_splits, random_scene
 from cim.world.vocabulary import FAMILIES, FAMILY_OF, INVERSE, NAMES, generalisations
@@ -156,6 +160,29 @@ def test_graph_f1_is_one_for_the_full_caption_and_zero_for_silence(rng):
     np.testing.assert_allclose(scoring.graph_f1(scores), [1, 0])
 
 
+ANSWERS = ("qa_accuracy", "qa_yes", "qa_no", "qa_answered")
+
+
+def test_true_captions_answer_every_question_and_silence_none(world):
+    test = world.split("test")
+    full = dict(zip(test.frame["image_id"], test.captions, strict=True))
+    for captions, share in ((full, 1), (dict.fromkeys(full, ""), 0)):
+        found = metrics_of(fact_counts(captions, test).sum())
+        assert {name: found[name] for name in ANSWERS} == dict.fromkeys(ANSWERS, share)
+
+
+def test_questions_are_counted_by_their_right_answers():
+    asked = [("is the owl red?", "yes"), ("is the bee red?", "no"), ("is the background snow?", "no")]
+    questions = [{"question": question, "answer": answer, "kind": str(i)} for i, (question, answer) in enumerate(asked)]
+    frame = pd.DataFrame({"image_id": ["a"], "scene": [SCENE.to_json()], "questions": [json.dumps(questions)]})
+    for caption, shares in (
+        ("there is a red owl.", (1 / 3, 1, 0, 1 / 3)),
+        ("there is a blue owl and a blue bee.", (1 / 3, 0, 1 / 2, 2 / 3)),
+    ):
+        found = metrics_of(fact_counts({"a": caption}, Manifest(frame, Path())).sum())
+        assert [found[name] for name in ANSWERS] == pytest.approx(shares)
+
+
 def test_relations_have_inverses():
     assert all(INVERSE[INVERSE[r]] == r for r in INVERSE)
     assert all(name in FAMILY_OF for name in NAMES)
@@ -193,15 +220,40 @@ def test_missing_drawings_are_named(tmp_path):
             paint(folder, SCENE, np.random.default_rng(0))
 
 
-def test_the_same_seed_draws_the_same_data(world, raw_data, tmp_path):
+def test_the_same_seed_draws_the_same_data(raw_data, tmp_path):
     from cim.data.dataset import DatasetSettings, make_dataset
     from cim.data.manifest import read_manifest
 
-    again = read_manifest(
-        make_dataset(
-            DatasetSettings(source="world", folder=str(raw_data), pretrain=160, train=16, test=8), tmp_path / "d"
-        )
-    )
-    assert again.frame.equals(world.frame)
-    for a, b in zip(again.image_paths[:20], world.image_paths[:20], strict=True):
+    settings = DatasetSettings(source="world", folder=str(raw_data), pretrain=8, train=3, test=2)
+    one, two = (read_manifest(make_dataset(settings, tmp_path / name)) for name in ("one", "two"))
+    assert set(one.frame["split"]) == {"pretrain", "train", "gallery", "test"}
+    assert one.frame.equals(two.frame)
+    for a, b in zip(one.image_paths, two.image_paths, strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_text_tower_reads_the_captions_of_as_many_images_as_it_is_given(monkeypatch):
+    """And none of the images that are held out; without a number those of all others."""
+    import open_clip
+    import torch
+
+    from cim.world import encoder
+
+    images, batches = 40, []
+    monkeypatch.setattr(encoder, "minimize", lambda optimizers, loss_of, rows, *_: batches.append([*rows]))
+    text = {"context_length": 64, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+    trunk = {"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "mlp", "image_size": 32}
+    model = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=trunk, text_cfg=text)
+    pooled = torch.randn(images, model.visual.trunk.num_features)
+    settings = encoder.EncoderTrainingSettings(
+        trunk="test_resnet", embed_dim=8, seed=0, batch_size=8, crop_epochs=1, scene_epochs=1, trunk_lr=1e-3,
+        clip_steps=60, clip_batch=4, clip_lr=1e-3, text_towers=[8],
+    )  # fmt: skip
+    for captioned in (8, 8, None):
+        encoder.train_clip(model, pooled, ["an owl."] * images, settings, captioned)
+    first, again, whole = ({row for batch in drawn for row in batch.tolist()} for drawn in batches)
+    known = images - images // 20
+    assert first == again  # drawn by the seed alone
+    assert len(first) == 8
+    assert first < set(range(known)) == whole
+    assert first != set(range(8))
