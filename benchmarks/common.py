@@ -184,3 +184,8 @@ def report(name: str, result: dict, table: pd.DataFrame) -> None:
     path = RESULTS / f"{name}.json"
     write_json(path, {"machine": machine(), **result})
     print(f"written: {path}")
+
+
+def recall_at_k(found: np.ndarray, exact: np.ndarray) -> float:
+    """Mean share of the exact (n, k) rows that are among the (n, k) found ones."""
+    return float((found[:, :, None] == exact[:, None, :]).any(1).mean())

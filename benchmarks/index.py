@@ -28,6 +28,7 @@ from common import (
     grouped_captions,
     images_of,
     median_seconds,
+    recall_at_k,
     report,
     seed_captions,
     synthetic_texts,
@@ -35,7 +36,7 @@ from common import (
 
 from cim import rewards
 from cim.encoders import load_text_encoder
-from cim.gallery.search import ExactSearch, build_index, open_search, recall_at_k
+from cim.gallery.search import ExactSearch, build_index, open_search
 from cim.report import figures
 
 K = 3

@@ -31,6 +31,7 @@ from common import (
     grouped_captions,
     images_of,
     median_seconds,
+    recall_at_k,
     report,
     seed_captions,
 )
@@ -39,7 +40,6 @@ from memory import memory
 from cim.encoders import load_text_encoder
 from cim.files import write_json
 from cim.gallery.build import rebuild_index
-from cim.gallery.search import recall_at_k
 from cim.gallery.store import IMAGES, INFO, ROWS, TEXTS, read_info
 
 PEER_CAPTIONS = 40

@@ -125,7 +125,14 @@ def test_stopped_at_any_step_it_ends_as_if_unbroken(trained, images, tmp_path, m
 def test_the_stage_trains_on_all_captions_of_split_pretrain(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [
-        {"image_id": path.stem, "image": path.name, "caption": first, "queries": json.dumps(rest), "split": split}
+        {
+            "image_id": path.stem,
+            "image": path.name,
+            "digest": path.stem,
+            "caption": first,
+            "queries": json.dumps(rest),
+            "split": split,
+        }
         for path, (first, *rest), split in zip(images, CAPTIONS, ["pretrain"] * 6 + ["train"] * 2, strict=True)
     ]
     write_manifest(pd.DataFrame(rows), tmp_path / "artifacts/dataset/manifest.parquet", images[0].parent)

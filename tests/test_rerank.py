@@ -52,8 +52,10 @@ def test_rerank_names_candidates_that_have_no_score(gallery, world, tmp_path, ca
 
 
 def test_the_nearest_caption_is_that_of_the_most_similar_image(gallery):
-    rows = [3, 0, 7]
-    assert (
-        nearest_captions(gallery, gallery.image_vectors(np.array(rows)))
-        == gallery.take(np.array(rows))["caption"].tolist()
-    )
+    rows = np.array([3, 0, 7])
+    vectors = gallery.image_vectors(rows)
+    assert nearest_captions(gallery, vectors, np.full(3, -1)) == gallery.take(rows)["caption"].tolist()
+    # The image itself does not count.
+    near = np.argsort(-vectors @ gallery.image_vectors(np.arange(len(gallery))).T, axis=1)[:, 1]
+    own = np.array([3, -1, 7])
+    assert nearest_captions(gallery, vectors, own) == gallery.take(np.where(own < 0, rows, near))["caption"].tolist()

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cim.evaluation.statistics import Estimate, resample_weights
 from cim.gallery.search import ExactSearch
-from cim.gallery.store import Gallery
+from cim.gallery.store import Gallery, drop_excluded
 
 HONEST = "honest"
 STUFFED = 12  # words of the stuffed caption
@@ -39,9 +39,14 @@ def attacks(captions: Sequence[str], copied: Sequence[str], corpus: Sequence[str
     }
 
 
-def nearest_captions(gallery: Gallery, sources: np.ndarray) -> list[str]:
-    """The caption of the gallery image that is most similar to each of (n, d) source embeddings."""
-    return gallery.take(ExactSearch(gallery.images).search(sources, 1))["caption"].tolist()
+def nearest_captions(gallery: Gallery, sources: np.ndarray, own: np.ndarray) -> list[str]:
+    """The caption of the gallery image that is most similar to each of (n, d) source embeddings.
+
+    Args:
+        own: (n,) gallery row of each source image, which does not count, -1 for none.
+    """
+    found = ExactSearch(gallery.images).search(sources, 2)
+    return gallery.take(drop_excluded(found, own))["caption"].tolist()
 
 
 def preferred(

@@ -12,7 +12,6 @@ from cim.errors import CimError
 from cim.evaluation.statistics import correlations, mean_with_interval, varies
 from cim.gallery.store import Gallery, drop_excluded
 from cim.rewards import gallery_representation_consistency
-from cim.scorer import Scorer
 from cim.world import scoring as world
 
 SCORES = ("grc", "qir", "cim", "clipscore", "words")
@@ -124,16 +123,6 @@ def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
         cell = {"value": r.value, "interval": [r.low, r.high], "steps": r.steps, "up": r.up, "down": r.down}
         out.setdefault(r.ladder, {})[r.score] = cell
     return out
-
-
-def source_in_and_out(scorer: Scorer, captions: pd.DataFrame) -> pd.DataFrame:
-    """Mean GRC and QIR of each grade where captions may not retrieve their own source image, and where they may."""
-    means = {}
-    for label, exclude in (("left out", True), ("left in", False)):
-        at = scorer.at(scorer.settings.model_copy(update={"exclude_source": exclude}))
-        scores = at.retrieval_scores(captions["caption"].tolist(), captions["image_id"].tolist())
-        means[label] = captions[GRADE].join(scores).groupby(GRADE)[["grc", "qir"]].mean()
-    return pd.concat(means, axis=1)
 
 
 def grc_by_density(

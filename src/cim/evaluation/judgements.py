@@ -118,12 +118,8 @@ def pascal50s(folder: Path) -> Judgements:
     return Judgements(frame, summary)
 
 
-BENCHMARKS = {
-    "flickr8k-expert": flickr8k_expert,
-    "flickr8k-cf": flickr8k_cf,
-    "composite": composite,
-    "pascal50s": pascal50s,
-}
+READERS = (flickr8k_expert, flickr8k_cf, composite, pascal50s)
+BENCHMARKS = {read.__name__.replace("_", "-"): read for read in READERS}
 
 
 def _require(path: Path) -> Path:

@@ -250,11 +250,6 @@ def _calibrate(search: FaissSearch, target: float, queries: int = 256) -> float:
     return reached
 
 
-def recall_at_k(found: np.ndarray, exact: np.ndarray) -> float:
-    """Mean share of the exact (n, k) rows that are among the (n, k) found ones."""
-    return float((found[:, :, None] == exact[:, None, :]).any(1).mean())
-
-
 def open_search(
     info: dict, vectors: np.ndarray, folder: Path, device: torch.device | str = "cpu"
 ) -> ExactSearch | FaissSearch:

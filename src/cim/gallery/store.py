@@ -131,7 +131,8 @@ class Gallery:
             exclude = self.all_rows_of(digests, "digest")
         spare = 0 if exclude is None else exclude.shape[1]
         if not 1 <= k <= len(self) - spare:
-            rows = f"{len(self)} rows, {'one' if spare == 1 else spare} of them the excluded source image"
+            own = f", {'one' if spare == 1 else spare} of them the excluded source image" if spare else ""
+            rows = f"{len(self)} rows{own}"
             raise CimError(f"{self.folder}: k is {k}, but the gallery has {rows}; lower k or enlarge the gallery")
         found = self.index.search(queries, k + spare)
         return found if exclude is None else drop_excluded(found, exclude)

@@ -47,11 +47,7 @@ def score_page(frame: pd.DataFrame, path: Path, shown: int = 100) -> None:
 
 
 def captions_page(
-    images: pd.DataFrame,
-    captions: Mapping[str, Mapping[int, Mapping[str, str]]],
-    references: Mapping[str, str],
-    path: Path,
-    shown: int = 20,
+    images: pd.DataFrame, captions: Mapping, references: Mapping[str, str], path: Path, shown: int = 20
 ) -> None:
     """Write a page of each method's captions of lowest and highest strict CAPTURE, beside the references.
 

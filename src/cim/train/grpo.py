@@ -67,20 +67,15 @@ def make_trainer(job: Job, scorer: Scorer, folder: Path) -> Any:
         num_generations=settings.group_size,
         # A batch of validation holds whole groups on every process.
         per_device_eval_batch_size=settings.group_size * max(1, batches.per_device // settings.group_size),
-        max_completion_length=settings.max_completion,
-        temperature=settings.temperature,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=min(settings.warmup_steps, batches.updates),
-        beta=settings.kl,
-        scale_rewards=settings.scale_rewards,
-        mask_truncated_completions=settings.truncated == "mask",
+        max_completion_length=settings.max_completion, temperature=settings.temperature,
+        learning_rate=settings.lr, lr_scheduler_type=settings.schedule,
+        warmup_steps=min(settings.warmup_steps, batches.updates), beta=settings.kl,
+        scale_rewards=settings.scale_rewards, mask_truncated_completions=settings.truncated == "mask",
         # TRL loads the reference model of the KL term itself, by name.
         model_init_kwargs={"revision": model.revision} if model.revision else None,
         trust_remote_code=model.trust_remote_code,
-        generation_kwargs=never_sampled(job.model.config, job.compute),
-        **vllm_options(job.compute),
-    )
+        generation_kwargs=never_sampled(job.model.config, job.compute), **vllm_options(job.compute),
+    )  # fmt: skip
 
     def columns(images: Manifest) -> dict[str, list]:
         prompts = [[{"role": "user", "content": model.prompt}]] * len(images)
@@ -106,8 +101,8 @@ def refuse_unknown_inputs(job: Job, trainer: type) -> None:
 
 def never_sampled(config: Any, compute: ComputeSettings) -> dict[str, Any]:
     """Bars placeholders of images and videos from captions, as TRL takes it: a caption with one has no such image."""
-    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    tokens = [token for token in tokens if token is not None]
+    names = ("image_token_id", "video_token_id")
+    tokens = [token for name in names if (token := getattr(config, name, None)) is not None]
     return {"suppress_tokens": tokens} if compute.vllm == "off" else {"logit_bias": dict.fromkeys(tokens, -100.0)}
 
 
