@@ -258,6 +258,37 @@ def test_the_tables_of_the_ablation_and_weak_studies_are_those_of_their_files():
     assert [phrase for phrase in wanted if phrase not in text] == []
 
 
+def test_the_sentences_on_stage_samples_are_those_of_its_files():
+    def read(name: str) -> pd.DataFrame:
+        return pd.read_csv(io.StringIO(committed(f"results/samples/{name}.csv")))
+
+    rows = read("samples").set_index(["model", "score", "metric"])
+
+    def cell(score: str, model: str = "base-0", metric: str = "tau", interval: bool = True) -> str:
+        text = with_interval(rows.loc[(model, score, metric)], 1, 2)
+        return text if interval else text.split()[0]
+
+    base = [cell(score, interval=False) for score in ("clipscore", "words", "likelihood")]
+    attacks = read("attacks").pivot(index="score", columns="attack", values="share")
+    worst = attacks.drop(columns="honest").max(axis=1).drop("words")
+    assert (attacks.loc["cim", ["vague", "stuffed", "fragment"]] == 0).all()
+    assert worst.idxmin() == "clipscore"
+    gains = [cell(score, model, "gain_8", False) for score in ("cim", "quality") for model in ("base-0", "cim-0")]
+    wanted = [
+        f"tau {cell('cim')} within an image, as CLIPScore ({base[0]}) and caption length ({base[1]}) do",
+        f"likelihood has {base[2]}, and K = 20 with equal weights and half-whitened embeddings "
+        f"{cell('K = 20, uniform, half-whitened')}.",
+        f"its own reward says little ({cell('cim', 'cim-0')}) and likelihood most ({cell('likelihood', 'cim-0')})",
+        f"CIM gains {gains[0]} in F1 before training and {cell('cim', 'cim-0', 'gain_8')} after it; "
+        f"the truth would gain {gains[2]} and {gains[3]}.",
+        f"to the true one in {100 * attacks.loc['cim', 'copied']:.0f} % of the images, a caption said three times in "
+        f"{100 * attacks.loc['cim', 'repeated']:.0f} %",
+        f"hardest to fool ({100 * worst.min():.0f} %)",
+    ]
+    text = " ".join((ROOT / "docs/findings.md").read_text().split())
+    assert [phrase for phrase in wanted if phrase not in text] == []
+
+
 def test_the_readmes_table_of_scale_is_that_of_the_committed_benchmark():
     import runpy
 
