@@ -114,8 +114,11 @@ def main() -> None:
     ]  # fmt: skip
     count = len(samples)
     encoder = load_text_encoder(TEXT)
-    words = {w for s in samples for of in s.extra_attributes.values() for w in of}
-    phrases = sorted(words.union(*(sample.phrases() for sample in samples)))
+    every: set[str] = set()
+    for sample in samples:
+        every |= sample.candidate.phrases() | sample.reference.phrases()
+        every.update(sample.extra_objects, sample.extra_attributes, *sample.extra_attributes.values())
+    phrases = sorted(every)
     encoder.encode(phrases[:32])
     embed = seconds(lambda: encoder.encode(phrases))
     wordnet = load_wordnet()
