@@ -13,7 +13,7 @@ from cim.evaluation.capture.matching import MODES, Encode, Sample, Similarity, r
 from cim.evaluation.capture.parsers import Parser
 from cim.evaluation.capture.readers import AlwaysYes, Reader, question_scores, read_all
 from cim.evaluation.capture.synonyms import WordNet
-from cim.evaluation.statistics import Bootstrap, Estimate, holm, kendall, kendall_within, ratio
+from cim.evaluation.statistics import Bootstrap, Estimate, holm, kendall, kendall_within, ratio, varies
 
 RETRIEVAL = ("grc", "qir", "cim")
 QUALITY = ("capture", "object_f1", "attribute_f1", "relation_f1", "relation_recall")
@@ -140,15 +140,15 @@ def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping,
             difference = difference[~np.isnan(difference)]
             if not len(difference):
                 continue
-            spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+            many = len(difference) > 1
             estimate = ours[field] - theirs[field]
             rows.append(
                 {
                     "method": method, "against": first, "mode": mode, "field": field, "images": len(difference),
                     "difference": float(estimate.value), "interval": estimate.cell()["interval"],
                     # Cohen's d, paired by image
-                    "effect": float(difference.mean() / spread) if spread else 0.0,
-                    "p": estimate.p() if len(difference) > 1 else 1.0,
+                    "effect": float(difference.mean() / difference.std(ddof=1)) if many and varies(difference) else 0.0,
+                    "p": estimate.p() if many else 1.0,
                 }
             )  # fmt: skip
     corrected = holm([row["p"] for row in rows])
