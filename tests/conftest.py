@@ -26,6 +26,10 @@ gc.set_threshold(100_000)
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference"
+# `make wordnet` puts it beside the tests, which may run in other folders.
+WORDNET = ROOT / ".wordnet" / "usr" / "share" / "wordnet"
+if WORDNET.is_dir():
+    os.environ.setdefault("CIM_WORDNET", str(WORDNET))
 PROMPT = "describe the image."
 
 

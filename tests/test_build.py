@@ -29,7 +29,7 @@ from cim.gallery.settings import BuildSettings, GallerySettings
 from cim.gallery.shards import Record, Shard, gallery_shards, shards_of
 from cim.gallery.store import fingerprint, load_gallery
 from cim.images import open_image
-from conftest import ROOT
+from conftest import ROOT, files_of, write_jsonl
 
 SETTINGS = BuildSettings()
 
@@ -45,11 +45,6 @@ def rows(world):
             "caption": part.captions,
         }
     )
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows.to_dict("records")))
-    return path
 
 
 def write_tar(path, rows, json_captions=False):
@@ -578,10 +573,6 @@ def refused(capsys, *arguments) -> str:
     return error
 
 
-def files_of(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
 def test_a_build_never_writes_over_something_else(rows, tmp_path, capsys, monkeypatch):
     from cim import encoders as module
 
@@ -756,6 +747,20 @@ def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
     assert frame["cim"].notna().tolist() == [True, True, True, True, False, True]
 
 
+def killed_at(monkeypatch, scorer, number) -> list:
+    """Interrupt the scorer at its call of this number; returns the captions of each call."""
+    calls = []
+
+    def scores_and_rows(captions, ids):
+        calls.append(captions)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return type(scorer).scores_and_rows(scorer, captions, ids)
+
+    monkeypatch.setattr(scorer, "scores_and_rows", scores_and_rows)
+    return calls
+
+
 def test_scoring_resumes_after_a_kill(photos, encoders, monkeypatch):
     from cim import score_files as caption_scores
     from cim.scorer import load_scorer
@@ -764,15 +769,7 @@ def test_scoring_resumes_after_a_kill(photos, encoders, monkeypatch):
     monkeypatch.setattr(caption_scores, "BATCH", 2)
     scorer, out = load_scorer(folder / "g"), folder / "s.jsonl"
     whole = caption_scores.score_files(scorer, [asked_file], folder / "whole.jsonl")
-    calls = []
-
-    def killed_at_the_third(captions, ids):
-        calls.append(captions)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return type(scorer).scores_and_rows(scorer, captions, ids)
-
-    monkeypatch.setattr(scorer, "scores_and_rows", killed_at_the_third)
+    calls = killed_at(monkeypatch, scorer, 3)
     with pytest.raises(KeyboardInterrupt):
         caption_scores.score_files(scorer, [asked_file], out)
     progress = folder / "s.jsonl.progress"
@@ -794,15 +791,7 @@ def test_scoring_with_another_reward_starts_again(photos, monkeypatch):
     other = scorer.at(RewardSettings(k=2, decay=0.25))
     whole = caption_scores.score_files(other, [asked_file], folder / "whole.jsonl")
 
-    calls = []
-
-    def killed_at_the_second(captions, ids):
-        calls.append(captions)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return type(scorer).scores_and_rows(scorer, captions, ids)
-
-    monkeypatch.setattr(scorer, "scores_and_rows", killed_at_the_second)
+    killed_at(monkeypatch, scorer, 2)
     with pytest.raises(KeyboardInterrupt):
         caption_scores.score_files(scorer, [asked_file], folder / "s.jsonl")
     assert len((folder / "s.jsonl.progress").read_text().splitlines()) == 1 + 2

@@ -1,6 +1,5 @@
 """kill -9 in stages that captions and figures come from, and what a killed command leaves running."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,12 +10,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import psutil
 import pytest
-from IPython.display import display
 from matplotlib.figure import Figure
 
 from cim import files
 from cim.pipeline import stages
-from conftest import ROOT, change
+from conftest import ROOT, change, run_cells
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -25,15 +23,6 @@ SMALL = {
     "evaluate": {"resamples": 100},
     "runs": {"grpo": ["cim-0"], "sft": [], "on_sft": []},
 }
-
-
-def run_cells(stage: str, parameters: dict, report: str) -> None:
-    """In place of Papermill: a notebook's cells in this process, after its parameters are set."""
-    names = {"display": display}
-    for cell in json.loads(Path("notebooks", f"{stage}.ipynb").read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
-            names |= parameters if cell["metadata"].get("tags") == ["parameters"] else {}
 
 
 def run(stage: str, moment: int | None) -> None:

@@ -26,21 +26,11 @@ from cim.world.captioner import build_processor
 from cim.world.language import BACKGROUND_PHRASES, describe
 from cim.world.scenes import Scene, random_scene
 from cim.world.vocabulary import COLOURS
-from conftest import PROMPT, change, train
+from conftest import PROMPT, change, moved, train
 
 
 def at(folder) -> ModelSettings:
     return ModelSettings(name=str(folder), prompt=PROMPT)
-
-
-def weights(folder):
-    return load_model(at(folder))[0].state_dict()
-
-
-def moved(before, after) -> set[str]:
-    """The weights in which two models differ."""
-    one, two = weights(before), weights(after)
-    return {name for name in one if not torch.equal(one[name], two[name])}
 
 
 def steps(out, key="reward"):
@@ -173,7 +163,7 @@ def test_grpo_trains_logs_and_leaves_the_vision_tower_alone(trained, captioner_f
     out = trained / "artifacts" / "train" / "cim-0"
     assert [row["step"] for row in steps(out)] == [1, 2, 3, 4]
     assert {"score/grc", "score/qir", "kl", "variety/distinct", "variety/words"} <= set(steps(out)[0])
-    changed = moved(captioner_folder, out)
+    changed = moved(at(captioner_folder), at(out))
     assert changed
     assert not [name for name in changed if "vision_tower" in name]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -191,7 +181,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(workspace, traine
 def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world, capsys):
     out = train("qir-0", train={"lora_rank": 4, "steps": 2})
     assert json.loads((out / "adapter_config.json").read_text())["target_modules"]
-    changed = moved(captioner_folder, out)
+    changed = moved(at(captioner_folder), at(out))
     assert changed
     assert not [name for name in changed if "vision_tower" in name]
     model, processor = load_model(at(out))
@@ -200,12 +190,12 @@ def test_lora_trains_and_is_loaded_merged(workspace, captioner_folder, world, ca
     capsys.readouterr()
     train("qir-0", train={"merge": True})  # later: the kept adapter is merged
     assert "kept: artifacts/train/qir-0" in capsys.readouterr().out
-    assert not moved(out, out / "merged")
+    assert not moved(at(out), at(out / "merged"))
     # A run with other parameters in the same folder leaves no adapter behind.
     out = train("qir-0", train={"lora_rank": 0})
     assert not (out / "adapter_config.json").exists()
     assert not (out / "merged").exists()
-    assert moved(captioner_folder, out)
+    assert moved(at(captioner_folder), at(out))
 
 
 def test_sft_learns_its_captions(workspace):

@@ -132,8 +132,6 @@ def test_the_ablation_notebook_compares_variants_with_cim(run_by_hand, workspace
 def test_the_judgements_notebook_chooses_on_one_half(run_by_hand, workspace, world, wordnet):
     """By a grid with two numbers K beyond the gallery, which are one."""
     test, folder = world.split("test"), workspace / "judged"
-    if (ROOT / ".wordnet").is_dir():
-        (workspace / ".wordnet").symlink_to(ROOT / ".wordnet")
     (folder / "Images").mkdir(parents=True)
     names = [f"{1000 + i}_abc.jpg" for i in range(len(test))]
     for name, path in zip(names, test.image_paths, strict=True):

@@ -33,8 +33,9 @@ class VisionCache:
 
     def _features(self, pixels: torch.Tensor, options: dict):
         digest = hashlib.sha256(pixels.detach().contiguous().view(torch.uint8).cpu().numpy()).digest()
-        autocast = torch.is_autocast_enabled(pixels.device.type)
-        key = digest, pixels.shape, pixels.dtype, autocast, *sorted(options.items())
+        device = pixels.device.type
+        precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = digest, pixels.shape, pixels.dtype, precision, *sorted(options.items())
         if key not in self.kept:
             # Not as an inference tensor, which could not be used in training.
             with torch.inference_mode(False), torch.no_grad():

@@ -140,15 +140,14 @@ def _comparisons(methods: Sequence[str], fields: Sequence[str], values: Mapping,
             difference = difference[~np.isnan(difference)]
             if not len(difference):
                 continue
-            many = len(difference) > 1
             estimate = ours[field] - theirs[field]
             rows.append(
                 {
                     "method": method, "against": first, "mode": mode, "field": field, "images": len(difference),
                     "difference": float(estimate.value), "interval": estimate.cell()["interval"],
                     # Cohen's d, paired by image
-                    "effect": float(difference.mean() / difference.std(ddof=1)) if many and varies(difference) else 0.0,
-                    "p": estimate.p() if many else 1.0,
+                    "effect": float(difference.mean() / difference.std(ddof=1)) if varies(difference) else 0.0,
+                    "p": estimate.p() if len(difference) > 1 else 1.0,
                 }
             )  # fmt: skip
     corrected = holm([row["p"] for row in rows])
