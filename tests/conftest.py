@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 from contextlib import chdir, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -294,6 +295,14 @@ def write_jsonl(path: Path, rows) -> Path:
     rows = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def with_copy(gallery, row: int, of: int):
+    """The gallery as if this row held the image of the row `of`."""
+    digests = gallery.table["digest"].to_pylist()
+    digests[row] = digests[of]
+    place = gallery.table.column_names.index("digest")
+    return replace(gallery, table=gallery.table.set_column(place, "digest", [digests]))
 
 
 def files_of(*folders: Path) -> dict[Path, bytes | bool]:

@@ -21,6 +21,7 @@ from cim.evaluation.caption_metrics import cider
 from cim.report import figures, findings
 from cim.scorer import RewardSettings, Scorer
 from cim.world.scoring import quality, stated_facts
+from conftest import with_copy
 
 
 def slow_best_of(n, score, quality):
@@ -269,6 +270,10 @@ def test_retrieval_by_exact_facts(scorer, world, temperature, exclude):
     if temperature is None:
         np.testing.assert_allclose(weights, [1, 0.5, 0.25, 0.125])
     assert by_facts.retrieval_scores(train.captions, ids)["cim"].notna().all()
+    if exclude:
+        copy = rows[0, 0]
+        by_facts.gallery = with_copy(scorer.gallery, copy, scorer.gallery_rows(ids)[0])
+        assert copy not in by_facts.retrieve(train.captions[:1], ids[:1])[0]
 
 
 def test_facts_of_a_caption():

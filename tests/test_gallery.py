@@ -295,6 +295,7 @@ def test_rival_rewards_are_the_pure_functions(scorer, world, encoders):
     scores = scorer.paired_scores(test.captions, ids)
     np.testing.assert_allclose(scores["clipscore"], rewards.clipscore(text, source), atol=1e-6)
     np.testing.assert_allclose(scores["self_retrieval"], rewards.self_retrieval(text, source, images), atol=1e-6)
+    assert scorer.paired_scores(test.captions, ids, ["clipscore"]).equals(scores[["clipscore"]])
 
 
 def test_sources_outside_the_gallery_are_embedded_from_their_files(gallery, world, encoders):

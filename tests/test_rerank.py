@@ -7,7 +7,7 @@ import pytest
 from cim.cli.__main__ import main
 from cim.evaluation.attacks import nearest_captions
 from cim.score_files import best_captions
-from conftest import error_of, write_jsonl
+from conftest import error_of, with_copy, write_jsonl
 
 
 def test_the_best_of_each_image_comes_first():
@@ -56,6 +56,10 @@ def test_the_nearest_caption_is_that_of_the_most_similar_image(gallery):
     vectors = gallery.image_vectors(rows)
     assert nearest_captions(gallery, vectors, np.full(3, -1)) == gallery.take(rows)["caption"].tolist()
     # The image itself does not count.
-    near = np.argsort(-vectors @ gallery.image_vectors(np.arange(len(gallery))).T, axis=1)[:, 1]
+    near, next_near = np.argsort(-vectors @ gallery.image_vectors(np.arange(len(gallery))).T, axis=1)[:, 1:3].T
     own = np.array([3, -1, 7])
     assert nearest_captions(gallery, vectors, own) == gallery.take(np.where(own < 0, rows, near))["caption"].tolist()
+    # Nor does another row that holds it.
+    gallery = with_copy(gallery, near[0], 3)
+    expected = gallery.take([next_near[0], rows[1], near[2]])["caption"].tolist()
+    assert nearest_captions(gallery, vectors, own) == expected

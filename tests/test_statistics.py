@@ -171,12 +171,18 @@ def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
     vectors = rng.normal(size=(3000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     unrelated, texts = vectors[rng.permutation(3000)], vectors.astype(np.float16)
-    table = pa.table({"image_id": [str(i) for i in range(3000)]})
-    gallery = Gallery(tmp_path, {}, table, texts, unrelated, ExactSearch(texts))
-    table = correlation.grc_by_density(gallery, {"q": vectors[:200]}, None, [0.001, 1.0], [3, 5], rng)
+    digests = [str(i // 2) for i in range(3000)]  # each image in two rows
+    gallery = Gallery(tmp_path, {}, pa.table({"digest": digests}), texts, unrelated, ExactSearch(texts))
+    none, queries = np.full(200, -1), {"q": vectors[:200]}
+    table = correlation.grc_by_density(gallery, queries, none, [0.001, 1.0], [3, 5], rng)
     assert set(table[table["fraction"] == 0.001]["k"]) == set()  # three rows: too few for k + 1
     for k, grc in table.set_index("k")["grc"].items():
         assert grc == pytest.approx(k**-0.5, abs=0.02)
+    own = np.arange(200)
+    table = correlation.grc_by_density(gallery, queries, own, [1.0], [1], rng)
+    nearest = gallery.search(vectors[:200], 1, own)
+    assert not (nearest // 2 == own[:, None] // 2).any()
+    assert table["grc"].tolist() == [pytest.approx(1)]
 
 
 def test_rounding_is_no_variation(rng):

@@ -17,6 +17,7 @@ from cim.images import content_digest, open_image, read_stored
 from cim.params import EncoderSettings
 from cim.rewards import RewardSettings
 
+PAIRED = ("clipscore", "self_retrieval")
 GATHERED = 16_384  # retrieved embeddings in memory at once
 
 
@@ -167,17 +168,20 @@ class Scorer:
         self.add_images(dict(zip(ids, ids, strict=True)))
         return self.retrieval_scores(captions, ids)
 
-    def paired_scores(self, captions: Sequence[str], image_ids: Sequence[str]) -> pd.DataFrame:
-        """Rival rewards that compare text and image directly, columns clipscore, self_retrieval; 0 where empty.
+    def paired_scores(
+        self, captions: Sequence[str], image_ids: Sequence[str], names: Sequence[str] = PAIRED
+    ) -> pd.DataFrame:
+        """Rival rewards that compare text and image directly, a column for each of `names`; 0 for an empty caption.
 
         Raises:
             CimError: where the image encoder has no text tower.
         """
         text, source = self.image.encode_text(list(captions)), self.source_vectors(image_ids)
-        scores = {
-            "clipscore": rewards.clipscore(text, source),
-            "self_retrieval": rewards.self_retrieval(text, source, self._gallery_images),
+        score_of = {
+            "clipscore": lambda: rewards.clipscore(text, source),
+            "self_retrieval": lambda: rewards.self_retrieval(text, source, self._gallery_images),
         }
+        scores = {name: score_of[name]() for name in names}
         return pd.DataFrame(scores).mul(_not_empty(captions), axis=0)
 
 

@@ -45,7 +45,8 @@ def nearest_captions(gallery: Gallery, sources: np.ndarray, own: np.ndarray) -> 
     Args:
         own: (n,) gallery row of each source image, which does not count, -1 for none.
     """
-    found = ExactSearch(gallery.images).search(sources, 2)
+    own = gallery.copies(own)
+    found = ExactSearch(gallery.images).search(sources, 1 + own.shape[1])
     return gallery.take(drop_excluded(found, own))["caption"].tolist()
 
 

@@ -71,8 +71,8 @@ class FactScorer(Scorer):
         gallery = facts.fit_transform(self.gallery.rows["caption"])
         similarity = (facts.transform(captions) @ gallery.T).toarray()
         if s.exclude_source and image_ids is not None:
-            own = self.gallery_rows(image_ids)
-            similarity[own >= 0, own[own >= 0]] = -1
+            for own in self.gallery.copies(self.gallery_rows(image_ids)).T:
+                similarity[own >= 0, own[own >= 0]] = -1
         rows = np.argsort(-similarity, axis=1, kind="stable")[:, : self.k]
         if s.temperature is None:
             return rows, rank_weights(self.k, s.decay)

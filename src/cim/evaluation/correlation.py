@@ -128,7 +128,7 @@ def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
 def grc_by_density(
     gallery: Gallery,
     queries: dict[str, np.ndarray],
-    exclude: np.ndarray | None,
+    exclude: np.ndarray,
     fractions: list[float],
     ks: list[int],
     rng: np.random.Generator,
@@ -137,21 +137,20 @@ def grc_by_density(
 
     Args:
         queries: label -> (n, d) caption embeddings.
-        exclude: (n,) gallery row that each query may not retrieve, or None.
+        exclude: (n,) gallery row whose image each query may not retrieve; -1 for none.
 
     Returns:
         Columns label, fraction, rows, k, grc; without combinations that need more rows than the fraction holds.
     """
-    texts = gallery.text_embeddings()
-    out = []
+    texts, exclude = gallery.text_embeddings(), gallery.copies(exclude)
+    spare, out = exclude.shape[1], []
     for fraction in fractions:
         kept = np.sort(rng.choice(len(gallery), max(1, round(fraction * len(gallery))), replace=False))
         index = faiss.IndexFlatIP(texts.shape[1])
         index.add(texts[kept])
-        for k in (k for k in ks if k < len(kept)):
+        for k in (k for k in ks if k + spare <= len(kept)):
             for label, vectors in queries.items():
-                found = kept[index.search(vectors, k + 1)[1]]
-                found = found[:, :k] if exclude is None else drop_excluded(found, exclude)
+                found = drop_excluded(kept[index.search(vectors, k + spare)[1]], exclude)
                 grc = gallery_representation_consistency(gallery.image_vectors(found))
                 out.append((label, fraction, len(kept), k, float(grc.mean())))
     return pd.DataFrame(out, columns=["label", "fraction", "rows", "k", "grc"])

@@ -106,6 +106,12 @@ class Gallery:
         places = first[:, None] + np.arange(most or (last - first).max(initial=1))
         return np.where(places < last[:, None], rows.to_numpy()[places.clip(max=len(self) - 1)], -1)
 
+    def copies(self, rows: np.ndarray) -> np.ndarray:
+        """(n, m) all rows that hold the image of each of these n rows, then -1; -1 alone for row -1."""
+        # One by one, since `take` would join all parts of the column first.
+        digests = [self.table["digest"][row].as_py() if row >= 0 else "" for row in rows.tolist()]
+        return self.all_rows_of(digests, "digest")
+
     def text_embeddings(self) -> np.ndarray:
         """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
         return unit(self.texts)
@@ -125,10 +131,7 @@ class Gallery:
         """
         if queries.shape[1] != self.texts.shape[1]:
             raise CimError(f"{self.folder}: captions have {self.texts.shape[1]} dimensions, queries {queries.shape[1]}")
-        if exclude is not None:
-            # One by one, since `take` would join all parts of the column first.
-            digests = [self.table["digest"][row].as_py() if row >= 0 else "" for row in exclude.tolist()]
-            exclude = self.all_rows_of(digests, "digest")
+        exclude = None if exclude is None else self.copies(exclude)
         spare = 0 if exclude is None else exclude.shape[1]
         if not 1 <= k <= len(self) - spare:
             own = f", {'one' if spare == 1 else spare} of them the excluded source image" if spare else ""

@@ -29,7 +29,7 @@ def trl_reward(scorer: Scorer, name: str, settings: TrainSettings, end_tokens: s
         captions = texts(completions)
         scores = scorer.retrieval_scores(captions, image_id)
         if name not in scores:
-            scores = scores.join(scorer.paired_scores(captions, image_id))
+            scores = scores.join(scorer.paired_scores(captions, image_id, [name]))
         for column in scores:
             log_metric(f"score/{column}", float(scores[column].mean()))
         for key, value in diversity(captions).items():
