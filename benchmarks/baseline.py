@@ -7,8 +7,6 @@ comparison; it shares only the encoder's weights and the gallery's vectors with 
     python benchmarks/baseline.py artifacts/benchmarks/gallery-1000000 PORT_FILE
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

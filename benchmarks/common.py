@@ -1,7 +1,5 @@
 """What the benchmarks share: captions, galleries of any size, timing, tables."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

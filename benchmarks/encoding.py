@@ -5,8 +5,6 @@
 Reported: the largest distance between embeddings. benchmarks/reward.py measures what it changes in the rewards.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch

@@ -11,8 +11,6 @@ captioner hardly ever ends a caption, so each has train.max_completion tokens. P
 docs/scale.md has what one H100 gave.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import subprocess

@@ -3,8 +3,6 @@
 python benchmarks/grpo.py --steps 10
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

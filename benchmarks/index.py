@@ -7,8 +7,6 @@ the same captions, in one batch; recall and rewards are compared with the exact 
 results/benchmarks/index.png, with the slope of each kind on a log-log scale.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -13,8 +13,6 @@ With --labels FOLDER (SC-Captioner's layout) also the time of a whole evaluation
 another image, parsed by pattern, scored in both modes, with 10,000 resamples.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import types

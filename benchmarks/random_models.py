@@ -1,7 +1,5 @@
 """What benchmarks/gpu.py measures: models of the published architectures with random weights, and made-up data."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -6,8 +6,6 @@ Each way runs in its own process, whose memory is measured. The peer gets fewer 
 for each. All compute the same rewards: GRC + QIR of the nearest three.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -6,8 +6,6 @@ No weights and no GPU are needed. Counted are the bytes alive at most between an
 model's layers, without the vision tower, the logits, and the fragments that an allocator leaves.
 """
 
-from __future__ import annotations
-
 import weakref
 from types import SimpleNamespace
 

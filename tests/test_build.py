@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import chdir
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,6 +261,32 @@ def test_adding_keeps_the_list_of_what_was_left_out(rows, encoders, tmp_path):
     assert len(load_gallery(folder)) == 6 + 4 + 1 + 3
 
 
+def test_a_source_that_has_grown_is_added_though_it_has_rows_that_were_left_out(rows, encoders, tmp_path):
+    some = rows.assign(caption=["", "", *rows["caption"][2:]])
+    folder, strict = tmp_path / "g", SETTINGS.model_copy(update={"max_skipped": 0.1})
+    build_gallery(shards_of([write_jsonl(tmp_path / "a.jsonl", some.iloc[:30])], 8), strict, *encoders, folder)
+    shards = shards_of([write_jsonl(tmp_path / "b.jsonl", some.iloc[:34])], 8)
+    for settings in (strict, SETTINGS):
+        assert build_gallery(shards, settings, *encoders, folder, add=True)["rows"] == 32
+    assert len((folder / store.SKIPPED).read_text().splitlines()) == 2
+    # Rows of one image_id count one by one.
+    empty = rows.assign(caption="", image_id="same").iloc[:8]
+    shards = shards_of([write_jsonl(tmp_path / "c.jsonl", pd.concat([empty, rows.iloc[34:]]))], 20)
+    with pytest.raises(CimError, match="8 of 14 rows cannot be used"):
+        build_gallery(shards, SETTINGS.model_copy(update={"max_skipped": 0.5}), *encoders, folder, add=True)
+
+
+def test_a_path_from_a_linked_folder_is_that_of_the_folder_itself(rows, tmp_path):
+    (tmp_path / "real" / "lists").mkdir(parents=True)
+    image = shutil.copy(rows["image"][0], tmp_path / "real" / "a.png")
+    shutil.copy(rows["image"][1], tmp_path / "a.png")  # what the path would be if ".." were taken from the link
+    write_jsonl(tmp_path / "real" / "lists" / "x.jsonl", [{"image": "../a.png", "caption": "an owl."}])
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "lists")
+    (record,) = read(shards_of([tmp_path / "link"], 8))
+    assert read(shards_of([tmp_path / "real" / "lists"], 8))[0].digest() == record.digest()
+    assert os.path.samefile(record.image, image)
+
+
 @pytest.mark.parametrize("kind", ["IVF4,SQ8", "HNSW32,SQ8", "SQ4"])
 def test_an_index_grows_with_its_gallery(rows, encoders, tmp_path, kind):
     settings = BuildSettings(index=kind)
@@ -280,12 +307,21 @@ def test_another_index_for_the_same_vectors(rows, encoders, tmp_path):
     exact = load_gallery(folder).search(query, 3)
     for kind in ("IVF4,SQ8", "IVF2,Flat"):
         assert rebuild_index(folder, kind, 1.0)["index"]["kind"] == kind
-        assert load_gallery(folder).index.kind == kind
+        assert load_gallery(folder).info["index"]["kind"] == kind
         assert (load_gallery(folder).search(query, 3)[:, 0] == exact[:, 0]).all()
         assert len(list(folder.glob("*.faiss"))) == 1
     assert rebuild_index(folder, "auto", 0.99)["index"]["kind"] == "exact"
-    assert load_gallery(folder).index.kind == "exact"
+    assert load_gallery(folder).info["index"]["kind"] == "exact"
     assert not list(folder.glob("*.faiss"))
+
+
+def test_an_index_is_made_of_the_gallery_s_own_vectors_only(rows, encoders, tmp_path):
+    folder = tmp_path / "g"
+    build_gallery(shards_of([write_jsonl(tmp_path / "rows.jsonl", rows)], 40), SETTINGS, *encoders, folder)
+    path = folder / store.TEXTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CimError, match=r"texts\.npy: not the file that gallery\.json describes; rebuild the gallery"):
+        rebuild_index(folder, "Flat", 0.9)
 
 
 def test_two_do_not_replace_an_index_at_once(rows, encoders, tmp_path):
@@ -307,7 +343,7 @@ def test_two_do_not_replace_an_index_at_once(rows, encoders, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "read_info", another_was_faster)
         rebuild_index(link, "Flat", 0.99)
-    assert load_gallery(folder).index.kind == "Flat"
+    assert load_gallery(folder).info["index"]["kind"] == "Flat"
     assert [path.name for path in folder.glob("*.faiss")] == [store.INDEXES[1]]
     with pytest.raises(CimError, match="no gallery there"):
         rebuild_index(tmp_path / "no" / "gallery", "Flat", 0.99)
@@ -326,12 +362,12 @@ def test_an_index_is_replaced_at_once_or_not_at_all(rows, encoders, tmp_path, mo
         patch.setattr(build, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder).index.kind == "IVF4,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
     with pytest.raises(CimError, match="FAISS cannot build 'IVF64,SQ8' from 40 rows"):
         rebuild_index(folder, "IVF64,SQ8", 0.99)
-    assert load_gallery(folder).index.kind == "IVF4,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "IVF4,SQ8"
     rebuild_index(folder, "HNSW8,SQ8", 0.99)
-    assert load_gallery(folder).index.kind == "HNSW8,SQ8"
+    assert load_gallery(folder).info["index"]["kind"] == "HNSW8,SQ8"
 
 
 def test_an_index_that_faiss_refuses_stops_a_build_before_anything_is_embedded(rows, encoders, tmp_path):
@@ -478,6 +514,7 @@ def test_a_gallery_moved_aside_by_a_killed_call_comes_back(rows, encoders, tmp_p
     (tmp_path / "gallery.building").mkdir()
     (tmp_path / "gallery.building" / "plan.json").write_text("null")
     os.replace(folder, tmp_path / "gallery.building" / "old")
+    assert build.read_former(folder)["rows"] == 20  # which `cim gallery add` asks first
     more = shards_of([write_jsonl(tmp_path / "more.jsonl", rows)], 8)
     assert build_gallery(more, SETTINGS, *encoders, folder, add=True)["rows"] == 40
 
@@ -709,6 +746,8 @@ def test_scores_on_the_command_line(photos, capsys, suffix):
     assert page.count("<section>") == 6
     assert page.count("data:image/jpeg") == 6 + 5 * 3
     assert not list(folder.glob("*.partial")) + list(folder.glob("*.progress"))
+    with chdir(folder / "g"):
+        cli.main(["gallery", "index", "."])
     cli.main(["score", str(asked_file), "--gallery", str(folder / "g"), "--out", str(out)])  # over its own output
 
 
@@ -745,19 +784,49 @@ def test_an_unreadable_image_costs_only_its_own_score(photos, capsys):
     assert "nowhere.png" in error
     frame = pd.read_json(folder / "s.jsonl", lines=True)
     assert frame["cim"].notna().tolist() == [True, True, True, True, False, True]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "s.jsonl").read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == frame["cim"].notna().tolist()
+
+
+def test_a_row_that_was_restored_is_scored_when_resuming(photos, monkeypatch):
+    from cim import score_files as caption_scores
+    from cim.scorer import load_scorer
+
+    folder, _, asked = photos
+    source, image = write_jsonl(folder / "asked.jsonl", asked.assign(image_id=None)), Path(asked["image"][1])
+    aside = shutil.move(image, folder / "aside.png")
+    monkeypatch.setattr(caption_scores, "BATCH", 2)
+    scorer = load_scorer(folder / "g")
+    killed_at(monkeypatch, scorer, 2)
+    with pytest.raises(KeyboardInterrupt):
+        caption_scores.score_files(scorer, [source], folder / "s.jsonl")
+    shutil.move(aside, image)
+    assert caption_scores.score_files(scorer, [source], folder / "s.jsonl")["error"].isna().all()
+
+
+def test_an_image_id_of_one_file_is_another_image_in_the_next(photos):
+    from cim.score_files import score_files
+    from cim.scorer import load_scorer
+
+    folder, _, asked = photos
+    scorer = load_scorer(folder / "g")
+    one, two = (write_jsonl(folder / f"{i}.jsonl", asked.iloc[[i]].assign(image_id="0")) for i in (0, 2))
+    alone = score_files(load_scorer(folder / "g"), [two], folder / "alone.jsonl")["cim"]
+    score_files(scorer, [one], folder / "one.jsonl")
+    assert score_files(scorer, [two], folder / "two.jsonl")["cim"].equals(alone)
 
 
 def killed_at(monkeypatch, scorer, number) -> list:
-    """Interrupt the scorer at its call of this number; returns the captions of each call."""
-    calls = []
+    """Interrupt scorers at their call of this number; returns the captions of each call."""
+    calls, whole = [], type(scorer).scores_and_rows
 
-    def scores_and_rows(captions, ids):
+    def scores_and_rows(scorer, captions, ids):
         calls.append(captions)
         if len(calls) == number:
             raise KeyboardInterrupt
-        return type(scorer).scores_and_rows(scorer, captions, ids)
+        return whole(scorer, captions, ids)
 
-    monkeypatch.setattr(scorer, "scores_and_rows", scores_and_rows)
+    monkeypatch.setattr(type(scorer), "scores_and_rows", scores_and_rows)
     return calls
 
 

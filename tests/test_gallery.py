@@ -18,7 +18,7 @@ from cim.data.manifest import Manifest
 from cim.encoders import load_encoders, load_image_encoder, load_text_encoder
 from cim.errors import CimError
 from cim.gallery.build import build_gallery
-from cim.gallery.search import blocks
+from cim.gallery.search import blocks, unit
 from cim.gallery.settings import BuildSettings, GallerySettings
 from cim.gallery.shards import Record, Shard, gallery_shards
 from cim.gallery.store import described, drop_excluded, load_gallery
@@ -115,7 +115,7 @@ def test_the_gallery_holds_what_was_embedded(gallery, world, encoders):
     chosen = world.split("gallery", "train")
     assert len(gallery) == len(chosen)
     assert gallery.images.dtype == np.float16
-    np.testing.assert_allclose(gallery.text_embeddings(), encoders[0].encode(chosen.captions), atol=1e-3)
+    np.testing.assert_allclose(unit(gallery.texts), encoders[0].encode(chosen.captions), atol=1e-3)
     np.testing.assert_allclose(
         gallery.image_vectors(np.arange(4)), encoders[1].encode(chosen.image_paths[:4]), atol=1e-3
     )
@@ -124,9 +124,11 @@ def test_the_gallery_holds_what_was_embedded(gallery, world, encoders):
 
 def test_search_is_exact_and_leaves_out_the_source(gallery, encoders):
     queries = encoders[0].encode(gallery.rows["caption"].tolist()[:10])
-    scores = queries @ gallery.text_embeddings().T
+    scores = queries @ unit(gallery.texts).T
     found = gallery.search(queries, 3)
     np.testing.assert_allclose(np.take_along_axis(scores, found, 1), -np.sort(-scores, axis=1)[:, :3], atol=1e-5)
+    # Sources that are not there cost no row.
+    assert gallery.search(queries, len(gallery), exclude=np.full(10, -1)).shape == (10, len(gallery))
     without = gallery.search(queries, 3, exclude=np.arange(10))
     assert not (without == np.arange(10)[:, None]).any()
 
@@ -172,7 +174,7 @@ def test_no_row_of_the_source_image_is_retrieved(five_of_each, encoders, setting
     for path, found in zip(paths, rows, strict=True):
         assert path not in {paths[row] for row in found}
         assert len(set(found)) == len(found)
-    similarity = encoders[0].encode(captions) @ gallery.text_embeddings().T
+    similarity = encoders[0].encode(captions) @ unit(gallery.texts).T
     similarity[np.array(paths)[:, None] == np.array(paths)] = -1
     best = np.argsort(-similarity, axis=1)[:, :3]
     np.testing.assert_allclose(

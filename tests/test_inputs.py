@@ -87,6 +87,21 @@ def test_an_archive_in_a_folder_with_an_exclamation_mark(tmp_path, kind):
         open_image(f"{tmp_path}/hey!/z.parquet!0.1")
 
 
+def test_no_image_is_left(tmp_path):
+    with pytest.raises(CimError, match="no image is left"):
+        joined([])
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError, TypeError])
+def test_whatever_pillow_says_of_a_damaged_image_is_one_error(tmp_path, monkeypatch, kind):
+    def damaged(content):
+        raise kind("truncated")
+
+    monkeypatch.setattr(Image, "open", damaged)
+    with pytest.raises(CimError, match=r"a\.avif: unreadable image \(truncated\)"):
+        open_image(b"content", name="a.avif")
+
+
 def test_an_image_of_two_splits_keeps_the_later_one(tmp_path, capsys):
     rows = [row(tmp_path / "images" / f"{name}.png", "x", split, "some") for name, split in ("at", "bt", "ae")]
     frame, root = joined(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cim.captioners.generate import caption_images, sample_captions
 from cim.captioners.models import ModelSettings, chat, hold_batch_norm, load_model, prompt_inputs
@@ -123,6 +124,19 @@ def test_runs_are_named_method_and_seed(run):
 def test_a_missing_model_is_one_clear_error(tmp_path):
     with pytest.raises(CimError, match="could not be loaded"):
         load_model(at(tmp_path / "nothing"))
+
+
+def test_weights_that_are_damaged_or_incomplete_are_one_clear_error(captioner_folder, tmp_path):
+    folder = shutil.copytree(captioner_folder, tmp_path / "model")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    lacking = next(name for name in weights if "layers.0" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lacking}, path, {"format": "pt"})
+    with pytest.raises(CimError, match=r"could not be loaded: its weights lack .*layers\.0.* and 0 more"):
+        load_model(at(folder))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CimError, match="could not be loaded"):
+        load_model(at(folder))
 
 
 def test_annotators_leave_out_and_slip(world):
@@ -271,7 +285,9 @@ def test_a_collapse_is_warned_of_once(capsys):
     from types import SimpleNamespace
 
     log = StepLog(warn_distinct=0.2)
-    log.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    state, given = SimpleNamespace(global_step=0, save_steps=8), SimpleNamespace(save_steps=2, eval_steps=2)
+    log.on_train_begin(given, state, None)
+    assert (state.save_steps, state.eval_steps) == (2, 2)  # of the parameters, not of a checkpoint
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
     logs = {"reward": 1.0, "score/grc": 1.0, "score/qir": 0.0, "variety/words": 5.0, "variety/distinct": 0.9}
     log.on_log(None, state, None, logs=logs)

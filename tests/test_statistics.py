@@ -185,6 +185,26 @@ def test_grc_of_unrelated_images_is_near_one_over_the_root_of_k(tmp_path, rng):
     assert table["grc"].tolist() == [pytest.approx(1)]
 
 
+def test_rounding_breaks_no_tie(rng):
+    score, judged = rng.integers(0, 3, 60).astype(float), rng.integers(0, 3, 60).astype(float)
+    images, nearly = np.repeat(np.arange(10), 6), score + 1e-8 * rng.normal(size=60)
+    for measure in (statistics.kendall, statistics.kendall_within):
+        exact, rounded = (measure(s, judged, images, np.random.default_rng(0), 50) for s in (score, nearly))
+        assert exact == rounded
+
+
+def test_captions_of_no_image_have_no_tau():
+    none = np.zeros(0)
+    for measure in (statistics.kendall, statistics.kendall_within):
+        assert np.isnan(measure(none, none, none, np.random.default_rng(0), 5)["value"])
+
+
+def test_equal_values_but_for_rounding_are_not_significant(rng):
+    assert statistics.Estimate(1e-16, 1e-17 * rng.normal(size=99)).p() == 1
+    assert statistics.Estimate(1e-16, 0.1 * rng.normal(size=99)).p() == 1
+    assert np.isnan(statistics.Estimate(1.0, np.full(9, np.nan)).p())
+
+
 def test_rounding_is_no_variation(rng):
     assert not statistics.varies(1 + 1e-8 * rng.normal(size=40))
     assert statistics.varies(1 + 1e-4 * rng.normal(size=40))

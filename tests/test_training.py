@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -446,6 +447,18 @@ def test_the_plan_of_the_paper_on_its_machine_is_plausible():
 
 
 @pytest.mark.parametrize(
+    ("asked", "bf16", "refused"), [("bf16", False, True), ("fp16", True, True), ("bf16", True, False)]
+)
+def test_accelerate_cannot_change_the_precision_behind_the_parameters(monkeypatch, asked, bf16, refused):
+    from cim.train.__main__ import refuse_other_precision
+
+    refuse_other_precision({})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with pytest.raises(CimError, match=f"is {asked}, which") if refused else nullcontext():
+        refuse_other_precision({"train": {"bf16": bf16}})
+
+
+@pytest.mark.parametrize(
     ("run", "changes", "says"),
     [
         ("cim-0", {"model": {"name": "nowhere/none"}}, "model 'nowhere/none' could not be loaded"),
@@ -453,6 +466,7 @@ def test_the_plan_of_the_paper_on_its_machine_is_plausible():
         ("cim-0", {"train": {"validation": 16}}, "leaves none of the 16 images"),
         ("cim-0", {"train": {"split": "none"}}, "no split 'none'"),
         ("cim-0", {"compute": {"accelerate": "gone.yaml"}}, "compute.accelerate: gone.yaml"),
+        ("cim-0", {"compute": {"accelerate": "/dev/null"}}, "/dev/null: cannot be read (no mapping of options)"),
         ("cim-0", {"train": {"lora_rank": 2, "lora_targets": "q_proj"}}, "train.lora_targets='q_proj' cannot be used"),
         ("sft-0", {"train": {"lora_rank": 2, "lora_targets": "*q_proj"}}, "train.lora_targets='*q_proj' cannot"),
         ("cim_on_sft-0", {}, "starts from run 'sft-0', so train that first"),

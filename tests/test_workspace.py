@@ -47,6 +47,10 @@ PARAMS = (ROOT / "params.yaml").read_text()
         ("samples.count=4", "samples: best_of cannot be more than count"),
         ("runs.grpo=[cim-0, sft-1]", r"run 'sft-1' belongs in runs.sft"),
         ("runs.sft=[cim-1]", r"run 'cim-1' belongs in runs.grpo"),
+        ("runs.grpo=[cim_on_sft-0]", r"run 'cim_on_sft-0' belongs in runs.on_sft, by its seed alone"),
+        ("runs.on_sft=[7]", r"seed 7 of runs.on_sft starts from run 'sft-7'; add that to runs.sft"),
+        ("samples.images=1", r"samples: images should be 0"),
+        ("correlation.ks=[]", r"'correlation.ks' List should have"),
         (
             "+samples.rewards.mine={depth: 3}",
             r"'samples.rewards.mine.depth' is unknown; 'samples.rewards.mine' takes k, beta",

@@ -54,15 +54,11 @@ class ImageEncoder:
     """Image embeddings of length `dim`; `digest` changes with the weights. Models with a text tower also embed text."""
 
     def __init__(
-        self,
-        spec: str,
-        model: torch.nn.Module,
-        preprocess: Callable[[Image.Image], torch.Tensor],
+        self, spec: str, model: torch.nn.Module, preprocess: Callable[[Image.Image], torch.Tensor],
         embed: Callable[[torch.Tensor], torch.Tensor],
-        embed_text: Callable[[list[str]], torch.Tensor] | None = None,
-        batch_size: int = 128,
+        embed_text: Callable[[list[str]], torch.Tensor] | None = None, batch_size: int = 128,
         precision: str = "float32",
-    ):
+    ):  # fmt: skip
         self.spec, self.model, self.batch_size, self.precision = spec, model, batch_size, precision
         self.device = default_device()
         self._preprocess, self._embed, self.embed_text = preprocess, embed, embed_text

@@ -23,8 +23,8 @@ from cim.files import explained
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What reading a damaged or encrypted archive, a missing member, or an impossible path raises.
 DAMAGED = (
-    OSError, EOFError, KeyError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
-    lzma.LZMAError,
+    OSError, EOFError, KeyError, ValueError, RuntimeError, AttributeError, tarfile.TarError, zipfile.BadZipFile,
+    zlib.error, lzma.LZMAError,
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def open_image(source: Path | str | bytes, name: str = "") -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return _as_shown(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # What Pillow's readers of damaged files raise: NotImplementedError of DDS is a RuntimeError, as AVIF's.
+    except (OSError, ValueError, SyntaxError, RuntimeError, TypeError, Image.DecompressionBombError) as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         where = name if isinstance(source, bytes) else source
         raise CimError(f"{where}: unreadable image ({reason}); replace or remove it") from None

@@ -69,7 +69,8 @@ class FastVlmSettings(Settings):
 def read_params(path: Path = Path("params.yaml")) -> dict[str, Any]:
     """The parameters file as a dictionary of groups."""
     if not path.exists():
-        raise CimError(f"{path}: not found; run from the repository's root")
+        where = "run from the repository's root" if path == Path("params.yaml") else "name a file that is there"
+        raise CimError(f"{path}: not found; {where}")
     with explained(f"{path}: not valid YAML", "correct it", yaml.YAMLError):
         params = yaml.safe_load(read_text(path))
     if not isinstance(params, dict):

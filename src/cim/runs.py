@@ -13,7 +13,7 @@ ON_SFT = "cim_on_sft"
 BASE = "base-0"  # named like a run, though nothing trains it here
 LABELS = {
     "base": "base", "sft": "SFT, annotators' captions", "sft_perfect": "SFT, perfect captions",
-    "cim": "CIM (GRC + QIR)", "cim_on_sft": "CIM on SFT", "grc": "GRC only", "qir": "QIR only",
+    "cim": "CIM", "cim_on_sft": "CIM on SFT", "grc": "GRC only", "qir": "QIR only",
     "self_retrieval": "self-retrieval", "clipscore": "CLIPScore", "empty": "empty caption", "always_yes": "always Yes",
 }  # fmt: skip
 
@@ -21,7 +21,7 @@ LABELS = {
 def parse_run(run: str) -> tuple[str, int]:
     """ "cim-0" to ("cim", 0); CimError where it is not METHOD-SEED."""
     method, _, seed = run.rpartition("-")
-    if not seed.isdigit() or not method.replace("_", "").isalnum():
+    if not seed.isdecimal() or not method.replace("_", "").isalnum():
         raise CimError(f"run '{run}' should be METHOD-SEED, as in cim-0")
     return method, int(seed)
 

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +35,8 @@ def score_files(scorer: Scorer, sources: list[Path], out: Path, image_root: Path
         CimError: where a source or the gallery cannot be used, or `out` must not be written.
     """
     check_outputs(sources, scorer.gallery.folder, out)
+    # Without source images: these files may name others by the same image_ids.
+    scorer = Scorer(scorer.gallery, scorer.text, scorer.image, scorer.settings)
     with locked(out):
         shards = shards_of(sources, rows=sys.maxsize, image_root=image_root)  # records are resumed, not shards
         made_of = {"shards": [shard.name for shard in shards], "gallery": scorer.gallery.info["files"]}
@@ -60,7 +62,8 @@ def write_scores(frame: pd.DataFrame, out: Path) -> None:
         if out.suffix == ".parquet":
             frame.to_parquet(partial, index=False)
         else:
-            partial.write_text(_lines(frame.to_dict("records")), encoding="utf-8")
+            rows = frame.astype(object).where(frame.notna(), None)  # pandas has NaN where JSON has null
+            partial.write_text(_lines(rows.to_dict("records")), encoding="utf-8")
 
 
 def best_captions(scores: pd.DataFrame, by: str = "cim") -> pd.DataFrame:
@@ -81,8 +84,8 @@ def check_outputs(sources: list[Path], gallery: Path, out: Path, html: Path | No
         refuse_folder(path)
         if path.suffix not in suffixes:
             raise CimError(f"{path}: should end in {' or '.join(suffixes)}")
-        if inputs & {path.resolve(), path.resolve().parent}:
-            raise CimError(f"{path}: is an input or within the gallery, and would be overwritten; choose another file")
+        if (inputs | set(map(Path.resolve, sources))) & {path.resolve(), path.resolve().parent}:
+            raise CimError(f"{path}: is an input, would become one, or is within the gallery; choose another file")
     progress = _progress(out)
     if progress.is_file() and not progress.read_bytes().startswith(b'{"made_of": '):
         raise CimError(f"{progress}: is not the unfinished output of this command; move it or choose another output")
@@ -124,7 +127,8 @@ def _score_batch(scorer: Scorer, batch: list[tuple[Record, str | None]]) -> Iter
 def _resume(progress: Path, head: dict) -> int:
     """How many rows an interrupted call on the same inputs has scored; else start a file with `head` as first line."""
     rows = _read(progress) if progress.is_file() else []
-    rows = rows if rows[:1] == [head] else [head]
+    # From the first row without a score on they are scored again: its image may have been restored.
+    rows = [head, *takewhile(lambda row: row["error"] is None, rows[1:])] if rows[:1] == [head] else [head]
     write_text(progress, _lines(rows))
     return len(rows) - 1
 
@@ -142,7 +146,7 @@ def _lines(rows: Iterable[dict]) -> str:
 def summary(frame: pd.DataFrame, shown: int = 10) -> str:
     """A table for the terminal: the mean of each score with its 95 % interval, and the first captions."""
     good = frame[frame["error"].isna()]
-    images = good.groupby("image_id")["in_gallery"].first()
+    images = good.groupby("image_id")["in_gallery"].first().astype(bool)
     lines = [f"{len(good)} captions of {len(images)} images, of which {images.sum()} are in the gallery themselves"]
     lines += [*(f"{name:>4}  {_interval(good[name])}" for name in SCORES), ""]
     head = good.head(shown)[["image_id", *SCORES, "caption"]].assign(caption=lambda rows: rows["caption"].str[:60])

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from cim.errors import CimError
 
 
@@ -11,7 +13,7 @@ def loading(model: str) -> Iterator[None]:
     """Say in one CimError why a model cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
         raise CimError(f"{model} could not be loaded: {_why_not_loaded(error)}") from None
 
 

@@ -35,12 +35,19 @@ def load_model(settings: ModelSettings, device: torch.device | None = None):
 
             config = PeftConfig.from_pretrained(name)
             options["revision"] = config.revision or "main"
-            model = AutoModelForImageTextToText.from_pretrained(config.base_model_name_or_path, **options)
+            model = _load_weights(config.base_model_name_or_path, **options)
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
         else:
-            model = AutoModelForImageTextToText.from_pretrained(name, **options)
+            model = _load_weights(name, **options)
     hold_batch_norm(model)
     return model.to(device or default_device()).eval(), load_processor(settings)
+
+
+def _load_weights(name: str, **options) -> nn.Module:
+    model, found = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+    if found["missing_keys"]:  # transformers only logs that these have random weights
+        raise ValueError(f"its weights lack {min(found['missing_keys'])} and {len(found['missing_keys']) - 1} more")
+    return model
 
 
 def load_processor(settings: ModelSettings):

@@ -76,7 +76,7 @@ def _captions(paths: list[Path], labels) -> tuple[dict[str, dict[int, dict[str, 
     problems = []
     for path in paths:
         method, _, seed = path.stem.rpartition("-")
-        method, seed = (method, int(seed)) if method and seed.isdigit() else (path.stem, 0)
+        method, seed = (method, int(seed)) if method and seed.isdecimal() else (path.stem, 0)
         if seed in captions.setdefault(method, {}):
             raise CimError(f"{path}: another file is seed {seed} of '{method}' too, by its name; rename one")
         captions[method][seed], found = read_captions(path, labels.references)

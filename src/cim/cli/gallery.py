@@ -42,13 +42,13 @@ def _settings(arguments: argparse.Namespace):
 
 def _build(arguments: argparse.Namespace) -> None:
     from cim.encoders import load_encoders
-    from cim.gallery import build, shards, store
+    from cim.gallery import build, shards
     from cim.params import EncoderSettings, group
 
     folder, add = arguments.folder, arguments.action == "add"
     settings = _settings(arguments)
     build.check_target(folder, arguments.sources)
-    former = store.read_info(folder) if add else None
+    former = build.read_former(folder) if add else None
     given = {n: former[f"{n}_encoder"]["spec"] if add else getattr(arguments, n) for n in ("text", "image")}
     given |= {"image_batch": arguments.image_batch, "text_precision": "bfloat16"}
     encoders = group(EncoderSettings, given, "encoders")

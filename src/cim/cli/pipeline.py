@@ -56,12 +56,13 @@ def _pipeline(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from cim.params import read_params
+    from cim.pipeline.groups import check_params
     from cim.pipeline.paths import ARTIFACTS
     from cim.train import launch, preflight
 
     if arguments.overrides and not arguments.plan:
         raise CimError("-S is for --plan; to train with other parameters use 'dvc exp run' or 'cim pipeline FOLDER'")
-    params = compose(arguments.overrides) if arguments.overrides else read_params()
+    check_params(params := compose(arguments.overrides) if arguments.overrides else read_params())
     run = arguments.run
     lines = preflight.plan(run, params, ARTIFACTS, arguments.processes) if arguments.plan else launch.train(run, params)
     for line in lines:

@@ -66,9 +66,11 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _rerank(arguments: argparse.Namespace) -> None:
+    from cim.files import refuse_folder
     from cim.score_files import best_captions, check_outputs, score_files, summary, write_scores
 
-    out, every = arguments.out, arguments.out.with_stem(f"{arguments.out.stem}-all")
+    refuse_folder(out := arguments.out)
+    every = out.with_stem(f"{out.stem}-all")
     check_outputs(arguments.sources, arguments.gallery, out)
     scores = score_files(scorer_of(arguments), arguments.sources, every, arguments.image_root)
     best = best_captions(scores, arguments.by)
@@ -90,7 +92,9 @@ def _judge(arguments: argparse.Namespace) -> None:
     from cim.files import refuse_folder, write_metrics
     from cim.params import group
 
-    refuse_folder(arguments.out)
+    refuse_folder(out := arguments.out)
+    if out.suffix != ".json" or arguments.gallery.resolve() in out.resolve().parents:
+        raise CimError(f"--out {out}: should end in .json, outside the gallery")
     bootstrap = group(BootstrapSettings, {"seed": arguments.seed, "resamples": arguments.resamples}, "judge")
     scorer = scorer_of(arguments)
     judgements = load_judgements(arguments.benchmark, arguments.data)
@@ -98,5 +102,5 @@ def _judge(arguments: argparse.Namespace) -> None:
     metrics = agreement_with_people(judgements, scorer, bootstrap.seed, bootstrap.resamples)
     for score, cells in metrics["scores"].items():
         print(f"{score}: " + ", ".join(f"{name} {with_interval(cell)}" for name, cell in cells.items()))
-    write_metrics(arguments.out, metrics)
-    print(f"written: {arguments.out}")
+    write_metrics(out, metrics)
+    print(f"written: {out}")

@@ -16,6 +16,7 @@ from cim.data import manifest
 from cim.errors import CimError
 from cim.images import SUFFIXES
 
+LONGEST = 100_000  # characters of a line that are read; csv refuses 131,072
 PHOTOS = ("Images", "Flicker8k_Dataset")
 LISTINGS = {"Flickr8k.token.txt": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}, "captions.txt": {"delimiter": ","}}
 
@@ -71,7 +72,7 @@ def read_captions(folder: Path) -> pd.DataFrame:
         raise CimError(f"{folder}: holds neither {' nor '.join(LISTINGS)}; it should be in Flickr8k's layout")
     lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     # Line by line, so that a stray quotation mark damages one caption only.
-    rows = [next(csv.reader([line], **LISTINGS[path.name])) for line in lines if line.strip()]
+    rows = [next(csv.reader([line[:LONGEST]], **LISTINGS[path.name])) for line in lines if line.strip()]
     cells = [(row[0].strip(), LISTINGS[path.name]["delimiter"].join(row[1:]).strip()) for row in rows]
     if path.name == "captions.txt":
         if cells[:1] != [("image", "caption")]:

@@ -112,6 +112,8 @@ def joined(rows: Iterable[dict]) -> tuple[pd.DataFrame, Path]:
     An image of two splits keeps the later one, so that no test image is trained on.
     """
     frame = pd.DataFrame(list(rows))
+    if frame.empty:
+        raise CimError("dataset: no image is left; check dataset.folder, dataset.images and the numbers of images")
     frame = frame.reindex(columns=[*COLUMNS, *frame.columns.difference(COLUMNS, sort=False)])
     if (twice := frame["image_id"].duplicated(keep="last")).any():
         print(f"dataset: {int(twice.sum())} images are in more than one split or entry; the last one is kept")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cim.data.flickr8k import human_captions
@@ -54,7 +55,8 @@ def score_candidates(
         scores |= scorer.paired_scores(captions, ids).to_dict("series")
     scores |= {"likelihood": candidates["likelihood"]} if "likelihood" in candidates else {}
     scores |= {"words": candidates["caption"].str.split().str.len()}
-    return {name: values.to_numpy(float) for name, values in scores.items()}
+    # The same images in another order give the same score but for rounding, which must not break the tie.
+    return {name: values.to_numpy(float).round(6) for name, values in scores.items()}
 
 
 class FactScorer(Scorer):
@@ -86,11 +88,9 @@ def best_of(n: int, score: np.ndarray, quality: np.ndarray) -> np.ndarray:
     C(m, n) draws. Captions of equal score share their ranks.
     """
     m = score.shape[1]
-    chance = np.array([comb(m - 1 - r, n - 1) / comb(m, n) for r in range(m)])
-    frame = pd.DataFrame({"image": np.repeat(np.arange(len(score)), m), "score": score.ravel(), "q": quality.ravel()})
-    frame = frame.sort_values(["image", "score"], ascending=[True, False], kind="stable")
-    shared = frame.groupby(["image", "score"])["q"].transform("mean").to_numpy()
-    return shared.reshape(score.shape) @ chance
+    chance = np.cumsum([0.0, *(comb(m - 1 - r, n - 1) / comb(m, n) for r in range(m))])  # of a rank before the r-th
+    first, last = (rankdata(-score, kind, axis=1).astype(int) for kind in ("min", "max"))
+    return ((chance[last] - chance[first - 1]) / (last - first + 1) * quality).sum(1)
 
 
 def compare_scores(
@@ -120,28 +120,23 @@ def compare_scores(
 
 
 def choose_setting(
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-    quality: Mapping[str, np.ndarray],
-    settings: Sequence[str],
-    seed: int = 0,
-    resamples: int = 1000,
+    scores: Mapping[str, Mapping[str, np.ndarray]], settings: Sequence[str], seed: int = 0, resamples: int = 1000
 ) -> dict:
     """The setting of the reward that agrees best with quality within images, by a random half of them.
 
     Args:
-        scores: model -> name of a setting -> (images, captions).
-        quality: model -> (images, captions).
+        scores: model -> name of a setting, or "quality" -> (images, captions).
 
     Returns:
         The "setting" whose mean tau over models is highest there, and "tau" on the other half: of it and of "cim", the
         scorer's own, by model.
     """
-    shuffled = np.random.default_rng(seed).permutation(len(next(iter(quality.values()))))
+    shuffled = np.random.default_rng(seed).permutation(len(next(iter(scores.values()))["quality"]))
     chosen_on, reported_on = np.split(shuffled, [len(shuffled) // 2])
 
     def tau(model: str, name: str, rows: np.ndarray) -> dict:
-        images = np.repeat(rows, quality[model].shape[1])
-        pair = (values[rows].ravel() for values in (scores[model][name], quality[model]))
+        images = np.repeat(rows, scores[model]["quality"].shape[1])
+        pair = (values[rows].ravel() for values in (scores[model][name], scores[model]["quality"]))
         return kendall_within(*pair, images, np.random.default_rng(seed), resamples)
 
     # A model whose captions are all alike has no tau.

@@ -10,6 +10,7 @@ import pandas as pd
 from cim.data.manifest import Manifest
 from cim.errors import CimError
 from cim.evaluation.statistics import correlations, mean_with_interval, varies
+from cim.gallery.search import unit
 from cim.gallery.store import Gallery, drop_excluded
 from cim.rewards import gallery_representation_consistency
 from cim.world import scoring as world
@@ -59,7 +60,8 @@ def _human_ladders(manifest: Manifest, parts: str, rng: np.random.Generator) -> 
     queries = manifest.frame.set_index("image_id")[parts].dropna().map(json.loads)
     queries = {image_id: own for image_id, own in queries.items() if len(own) >= 2}
     if len(queries) < 3:
-        raise CimError(f"{manifest.name}: fewer than three images have three captions or more")
+        needed = {"queries": "three captions", "sentences": "two sentences"}[parts]
+        raise CimError(f"{manifest.name}: fewer than three images have {needed} or more")
     # A derangement by rotation of a random order: no image gets its own caption as the foreign one.
     ids, order = list(queries), rng.permutation(len(queries))
     foreign = {ids[a]: queries[ids[b]][0] for a, b in zip(order, np.roll(order, 1), strict=True)}
@@ -126,13 +128,9 @@ def spearman_metrics(follows: pd.DataFrame) -> dict[str, dict[str, dict]]:
 
 
 def grc_by_density(
-    gallery: Gallery,
-    queries: dict[str, np.ndarray],
-    exclude: np.ndarray,
-    fractions: list[float],
-    ks: list[int],
+    gallery: Gallery, queries: dict[str, np.ndarray], exclude: np.ndarray, fractions: list[float], ks: list[int],
     rng: np.random.Generator,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Mean GRC of captions of each label when only a random fraction of the gallery can be retrieved.
 
     Args:
@@ -142,7 +140,7 @@ def grc_by_density(
     Returns:
         Columns label, fraction, rows, k, grc; without combinations that need more rows than the fraction holds.
     """
-    texts, exclude = gallery.text_embeddings(), gallery.copies(exclude)
+    texts, exclude = unit(gallery.texts), gallery.copies(exclude)
     spare, out = exclude.shape[1], []
     for fraction in fractions:
         kept = np.sort(rng.choice(len(gallery), max(1, round(fraction * len(gallery))), replace=False))

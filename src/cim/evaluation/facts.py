@@ -65,11 +65,8 @@ def capture(
 
 
 def extremes(images: pd.DataFrame, method: str, shown: int = 4) -> pd.DataFrame:
-    """The images whose captions gained and lost most in strict CAPTURE over the base's: columns image, gain.
-
-    Args:
-        images: of an Evaluation; of each method the first seed counts.
-    """
+    """The images of an Evaluation whose captions gained and lost most in strict CAPTURE over the base's, by each
+    method's first seed: columns image, gain."""
     first = images[images["mode"] == "strict"].drop_duplicates(["method", "image"])
     wide = first.pivot(index="image", columns="method", values="capture")
     gain = (wide[method] - wide["base"]).dropna().sort_values(ascending=False, kind="stable")
@@ -121,12 +118,9 @@ def metrics_of(totals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def evaluate(
-    counts: Mapping[str, Mapping[int, pd.DataFrame]],
-    seed: int,
-    resamples: int,
-    metrics: Metrics = metrics_of,
+    counts: Mapping[str, Mapping[int, pd.DataFrame]], seed: int, resamples: int, metrics: Metrics = metrics_of,
     subject: str | None = None,
-) -> dict[str, dict]:
+) -> dict[str, dict]:  # fmt: skip
     """Each method's metrics with 95 % intervals over images and seeds, and its gain over the first, paired by image.
 
     Args:

@@ -30,11 +30,7 @@ def labels_of_methods(
 
 
 def findings(compared: pd.DataFrame, labelled: pd.DataFrame) -> str:
-    """What the study found, in Markdown.
-
-    Args:
-        compared, labelled: of cim.evaluation.comparison.compare and `labels_of_methods`; method sft is among both.
-    """
+    """What the study found, in Markdown, by comparison.compare and `labels_of_methods`; method sft is among both."""
     f1 = compared[compared["metric"] == "all_f1"].set_index("method")
     points = labelled.join(f1, on="method")
     sft = points.set_index("method").loc["sft"]

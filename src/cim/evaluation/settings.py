@@ -27,8 +27,8 @@ class CorrelationSettings(BootstrapSettings):
     split: str
     images: int = Field(ge=3)
     reward: RewardSettings
-    fractions: list[Annotated[float, Field(gt=0, le=1)]]
-    ks: list[PositiveInt]
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    ks: list[PositiveInt] = Field(min_length=1)
     model_captions: bool = False
 
 
@@ -55,6 +55,7 @@ class SamplesSettings(StudySettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         require(max(self.best_of) <= self.count, "best_of cannot be more than count")
+        require(self.images != 1, "images should be 0 (all), or 2 at least")
         return self
 
 

@@ -37,7 +37,9 @@ class Estimate(NamedTuple):
         """
         known = self.samples[~np.isnan(self.samples)]
         error = known.std() if len(known) else np.nan
-        return float(2 * norm.sf(abs(self.value) / error)) if error else float(self.value == 0)
+        # Up to rounding: the sums of equal captions differ by 1e-16.
+        value = self.value if abs(self.value) > 1e-9 else 0.0
+        return float(value == 0) if error <= 1e-9 else float(2 * norm.sf(abs(value) / error))
 
 
 class Bootstrap:
@@ -135,13 +137,9 @@ def correlations(
 
 
 def kendall(
-    score: np.ndarray,
-    judged: np.ndarray,
-    images: np.ndarray,
-    rng: np.random.Generator,
-    resamples: int = 1000,
+    score: np.ndarray, judged: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000,
     variant: str = "b",
-) -> dict:
+) -> dict:  # fmt: skip
     """The cell of Kendall's tau, NaN where one side does not vary.
 
     Args:
@@ -150,6 +148,7 @@ def kendall(
     samples = np.full(resamples, np.nan)
     if len(score) < 2 or not varies(score) or not varies(judged):
         return Estimate(np.nan, samples).cell()
+    score, judged = _with_ties(score, judged)
     members = list(pd.Series(images).groupby(images).indices.values())
     for r in range(resamples):
         drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
@@ -162,12 +161,20 @@ def kendall_within(
     score: np.ndarray, judged: np.ndarray, images: np.ndarray, rng: np.random.Generator, resamples: int = 1000
 ) -> dict:
     """The cell of Kendall's tau-b over pairs of captions of the same image, which an advantage in GRPO compares."""
+    if not len(score):
+        return Estimate(np.nan, np.full(resamples, np.nan)).cell()
+    score, judged = _with_ties(score, judged)
     counts = []  # of an image: concordant less discordant pairs, and the pairs without a tie in each of the two
     for members in pd.Series(images).groupby(images).indices.values():
         first, second = np.triu_indices(len(members), 1)
         x, y = (np.sign(v[members][first] - v[members][second]) for v in (score, judged))
         counts.append([(x * y).sum(), (x != 0).sum(), (y != 0).sum()])
     return correlation_of_sums(np.array(counts, float), resample_weights(len(counts), resamples, rng)).cell()
+
+
+def _with_ties(*values: np.ndarray) -> list[np.ndarray]:
+    """Values without the digits in which equal ones may differ: sums in another order differ by 1e-8."""
+    return [part.round(6) for part in values]
 
 
 def correlation_of_sums(sums: np.ndarray, weights: np.ndarray) -> Estimate:

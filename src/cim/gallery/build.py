@@ -26,7 +26,7 @@ from cim.encoders import ImageEncoder, TextEncoder
 from cim.errors import CimError
 from cim.files import explained, locked, read_json, refuse_foreign, replacing, write_json
 from cim.gallery import store
-from cim.gallery.search import build_index, choose_kind, new_index
+from cim.gallery.search import index_at, new_index
 from cim.gallery.settings import BuildSettings
 from cim.gallery.shards import Record, Shard
 from cim.gallery.transform import ImageTransform
@@ -68,9 +68,10 @@ def rebuild_index(folder: Path, kind: str, recall: float) -> dict:
     store.read_info(folder)  # a lock beside what is no gallery would make its folder
     with locked(folder), explained(f"{folder}: index not replaced", "fix this and rerun the same command", OSError):
         info = store.read_info(folder)
+        store.check_file(folder / store.TEXTS, info["files"][store.TEXTS])
         former = info["index"].get("file")
         new = store.INDEXES[former == store.INDEXES[0]]
-        info["index"] = _index(folder / new, np.load(folder / store.TEXTS, mmap_mode="c"), kind, recall)
+        info["index"] = index_at(folder / new, np.load(folder / store.TEXTS, mmap_mode="c"), kind, recall)
         info["files"].pop(former, None)
         if "file" in info["index"]:
             info["files"][new] = store.described(folder / new)
@@ -96,9 +97,15 @@ def check_target(folder: Path, sources: Iterable[Path] = ()) -> None:
         refuse_foreign(work, PLAN, "gallery that is being built")
 
 
+def read_former(folder: Path) -> dict:
+    """gallery.json of a gallery, also where its rebuild was killed in its last step, which the next build completes."""
+    folder, work = _folders(folder)
+    return store.read_info(folder if folder.exists() else work / "old")
+
+
 def _folders(folder: Path) -> tuple[Path, Path]:
-    """The gallery, not a symbolic link to it, and the folder in which it is built."""
-    folder = Path(folder).resolve() if Path(folder).is_symlink() else Path(folder)
+    """The gallery by its own name, not that of a symbolic link, and the folder in which it is built."""
+    folder = Path(folder).resolve() if Path(folder).is_symlink() or Path(folder).name in ("", "..") else Path(folder)
     return folder, folder.with_name(f"{folder.name}.building")
 
 
@@ -112,7 +119,10 @@ class _Build:
         self.base = store.load_gallery(self.folder, text, image) if add else None
         encoders = {"text_encoder": text, "image_encoder": image}
         self.info = {name: {"spec": e.spec, "dim": e.dim, "digest": e.digest} for name, e in encoders.items()}
-        base = self.base.info["files"] if add else None
+        # What the gallery left out before counts no more: a source that has grown may be added again.
+        former = (self.folder / store.SKIPPED).read_text(encoding="utf-8") if add else ""
+        self.former = {(row := json.loads(line))["image_id"]: row["reason"] for line in former.splitlines()}
+        base = self.base and self.base.info["files"]
         self.plan = {"shards": [shard.name for shard in shards], **self.info, "base": base}
 
     def run(self) -> dict:
@@ -161,22 +171,25 @@ class _Build:
     def _try_again(self) -> None:
         """Delete shards with rows that could not be used, where these are too many still: they may have been fixed."""
         parts = [pyarrow.feather.read_table(part, memory_map=True) for part in self.parts]
-        skipped = [len(_skipped(part)) for part in parts]
+        skipped = [len(self._new(_skipped(part))) for part in parts]
         if sum(skipped) > self.settings.max_skipped * (sum(map(len, parts)) + sum(skipped)):
             for path in compress(self.parts, skipped):
                 path.unlink()
             print(f"{self.work}: trying shards with rows that could not be used again", flush=True)
 
+    def _new(self, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Rows that cannot be used, without those that the gallery left out before."""
+        return [row for row in skipped if row[0] not in self.former]
+
     def _embed(self, shard: Shard, part: Path) -> None:
-        rows, skipped, images = [], {}, [np.zeros((0, self.image.dim), np.float32)]
+        rows, skipped, images = [], [], [np.zeros((0, self.image.dim), np.float32)]
         records = iter(shard.read())
         with tqdm(desc="encoding images", mininterval=2) as bar:
             while block := list(islice(records, BLOCK)):
                 found, vectors = self._embed_images(block, skipped)
-                if skipped and self.settings.max_skipped == 0:  # a larger share is checked at the end
-                    image_id, reason = next(iter(skipped.items()))
-                    fix = f"({len(skipped)} so far in this shard); fix or remove it, or allow a share with max_skipped"
-                    raise CimError(f"{shard.name}: image '{image_id}': {reason} {fix}")
+                if (new := self._new(skipped)) and self.settings.max_skipped == 0:  # a larger share: at the end
+                    fix = f"({len(new)} so far in this shard); fix or remove it, or allow a share with max_skipped"
+                    raise CimError(f"{shard.name}: image '{new[0][0]}': {new[0][1]} {fix}")
                 rows += found
                 images.append(vectors)
                 bar.update(len(block))
@@ -190,23 +203,22 @@ class _Build:
                 raise CimError(f"{where} gives NaN for it, {len(bad)} in all; use another precision or encoder")
             flat = vectors.astype(np.float16).ravel()
             table = table.append_column(name, pa.FixedSizeListArray.from_arrays(flat, encoder.dim))
-        left_out = json.dumps([{"image_id": image_id, "reason": reason} for image_id, reason in skipped.items()])
         with replacing(part) as partial:
-            table = table.replace_schema_metadata({"skipped": left_out})
+            table = table.replace_schema_metadata({"skipped": json.dumps(skipped)})
             pyarrow.feather.write_feather(table, str(partial), compression="uncompressed")
 
-    def _embed_images(self, records: list[Record], skipped: dict[str, str]) -> tuple[list[dict], np.ndarray]:
+    def _embed_images(self, records: list[Record], skipped: list[tuple[str, str]]) -> tuple[list[dict], np.ndarray]:
         """The rows and (n, d) image embeddings of the records that are new and can be used; the rest to `skipped`."""
-        skipped |= {r.image_id: "empty caption" for r in records if not r.caption}
+        skipped += [(r.image_id, "empty caption") for r in records if not r.caption]
         records, root = [r for r in records if r.caption], os.path.realpath(self.folder)
         if self.base is not None:
             rows = list(zip(records, self.base.rows_of([r.image_id for r in records]), strict=True))
             taken = [r.image_id for r, row in rows if row >= 0 and not r.is_of(self.base.table.slice(row, 1), root)]
-            skipped |= dict.fromkeys(taken, "the gallery has another image of this image_id")
+            skipped += [(image_id, "the gallery has another image of this image_id") for image_id in taken]
             records = [r for r, row in rows if row < 0]
         unreadable: dict[int, str] = {}
         images = self.image.encode([r.open for r in records], unreadable=unreadable)
-        skipped |= {records[i].image_id: reason for i, reason in unreadable.items()}
+        skipped += [(records[i].image_id, reason) for i, reason in unreadable.items()]
         records = [r for i, r in enumerate(records) if i not in unreadable]
         with ThreadPoolExecutor(4) as pool:  # files are read again, perhaps from a network
             rows = list(pool.map(Record.row, records, repeat(root)))
@@ -219,18 +231,16 @@ class _Build:
         first = ~pd.Series(store.hashes(table["image_id"])).duplicated().to_numpy()
         skipped = [row for part in parts for row in _skipped(part)]
         repeated = table["image_id"].filter(pa.array(~first)).to_pylist()
-        skipped += [{"image_id": image_id, "reason": "image_id occurs more than once"} for image_id in repeated]
-        added = int(first.sum())
-        if len(skipped) > self.settings.max_skipped * (added + len(skipped)):
-            example = f"'{skipped[0]['image_id']}' ({skipped[0]['reason']})"
-            problem = f"{len(skipped)} of {added + len(skipped)} rows cannot be used, such as {example}"
+        skipped += [(image_id, "image_id occurs more than once") for image_id in repeated]
+        added, new, base = int(first.sum()), self._new(skipped), self.base
+        if len(new) > self.settings.max_skipped * (added + len(new)):
+            image_id, reason = new[0]
+            problem = f"{len(new)} of {added + len(new)} rows cannot be used, such as '{image_id}' ({reason})"
             fix = "fix them or raise max_skipped, and run the same command again: what is embedded is kept"
             raise CimError(f"{self.folder}: {problem}; {fix}")
-        base = self.base
         if base is not None:
-            named = {row["image_id"] for row in skipped} | set(table["image_id"].to_pylist())
-            former = map(json.loads, (base.folder / store.SKIPPED).read_text(encoding="utf-8").splitlines())
-            skipped = [*(row for row in former if row["image_id"] not in named), *skipped]
+            named = {image_id for image_id, _ in skipped} | set(table["image_id"].to_pylist())
+            skipped = [*(row for row in self.former.items() if row[0] not in named), *skipped]
         total = added + (0 if base is None else len(base))
         if total == 0:
             raise CimError(f"{self.folder}: no row is left to build from; see the reasons above")
@@ -249,9 +259,11 @@ class _Build:
             new = (np.asarray(b[name].filter(b["first"]).flatten()).reshape(-1, dim) for b in batches)
             store.write_array(aside / name, total, dim, chain(former, new))
         store.write_rows(aside / store.ROWS, chain(rows, (b.filter(b["first"]) for b in batches)))
-        (aside / store.SKIPPED).write_text("".join(json.dumps(row) + "\n" for row in skipped), encoding="utf-8")
+        left_out = (json.dumps({"image_id": image_id, "reason": reason}) + "\n" for image_id, reason in skipped)
+        (aside / store.SKIPPED).write_text("".join(left_out), encoding="utf-8")
         vectors = np.load(aside / store.TEXTS, mmap_mode="c")
-        index = _index(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, base)
+        former = base and (base.folder, base.info["index"])
+        index = index_at(aside / store.INDEXES[0], vectors, self.settings.index, self.settings.recall, former)
         transform = ImageTransform.fit(np.load(aside / store.IMAGES, mmap_mode="c"))
         np.savez(aside / store.TRANSFORM, **vars(transform))
         files = {name: store.described(aside / name) for name in DATA if (aside / name).is_file()}
@@ -270,21 +282,6 @@ class _Build:
             print(f"{self.folder}: {cut} captions hold U+FFFD in place of invalid characters", flush=True)
 
 
-def _skipped(part: pa.Table) -> list[dict]:
-    """The rows of a shard that could not be used: {"image_id", "reason"}."""
+def _skipped(part: pa.Table) -> list[tuple[str, str]]:
+    """The rows of a shard that could not be used: (image_id, reason)."""
     return json.loads(part.schema.metadata[b"skipped"])
-
-
-def _index(path: Path, vectors: np.ndarray, kind: str, recall: float, base: store.Gallery | None = None) -> dict:
-    """Build an index at `path`, from that of `base` if its kind is the same; returns gallery.json's entry for it."""
-    kind, reason = choose_kind(*vectors.shape) if kind == "auto" else (kind, "requested")
-    print(f"index: {kind} ({reason})", flush=True)
-    if kind == "exact":
-        return {"kind": kind, "reason": reason, "effort": 0, "candidates": 0, "recall": 1.0}
-    trained_on, source = len(vectors), None
-    former = base.info["index"] if base is not None else {"kind": "exact"}
-    # An index trained on a small part of what it holds finds less: past twice its size it is trained again.
-    if former["kind"] == kind and len(vectors) <= 2 * former["trained_on"]:
-        trained_on, source = former["trained_on"], base.folder / former["file"]
-    tuned = build_index(vectors, kind, recall, path, source)
-    return {"kind": kind, "reason": reason, **tuned, "file": path.name, "trained_on": trained_on}

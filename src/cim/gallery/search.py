@@ -42,8 +42,6 @@ class ExactSearch:
     is within 0.001 of cosine of the one found instead, and only where hundreds lie that close (benchmarks/index.py).
     """
 
-    kind = "exact"
-
     def __init__(self, vectors: np.ndarray, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._vectors = torch.from_numpy(vectors).to(self.device)
@@ -214,6 +212,25 @@ def build_index(vectors: np.ndarray, kind: str, recall: float, path: Path, forme
     tuned = {"recall": round(_calibrate(search, recall), 4), "effort": search.effort, "candidates": search.candidates}
     print("index:", ", ".join(f"{name} {value}" for name, value in tuned.items()), flush=True)
     return tuned
+
+
+def index_at(path: Path, vectors: np.ndarray, kind: str, recall: float, base: tuple[Path, dict] | None = None) -> dict:
+    """Build an index of any kind at `path`; returns gallery.json's entry for it.
+
+    Args:
+        base: folder and index of a gallery of the first vectors; an index of the same kind is enlarged.
+    """
+    kind, reason = choose_kind(*vectors.shape) if kind == "auto" else (kind, "requested")
+    print(f"index: {kind} ({reason})", flush=True)
+    if kind == "exact":
+        return {"kind": kind, "reason": reason, "effort": 0, "candidates": 0, "recall": 1.0}
+    trained_on, source = len(vectors), None
+    folder, former = base or (None, {"kind": "exact"})
+    # An index trained on a small part of what it holds finds less: past twice its size it is trained again.
+    if former["kind"] == kind and len(vectors) <= 2 * former["trained_on"]:
+        trained_on, source = former["trained_on"], folder / former["file"]
+    tuned = build_index(vectors, kind, recall, path, source)
+    return {"kind": kind, "reason": reason, **tuned, "file": path.name, "trained_on": trained_on}
 
 
 def _calibrate(search: FaissSearch, target: float, queries: int = 256) -> float:

@@ -124,7 +124,8 @@ def shards_of(sources: list[Path], rows: int, image_root: Path | None = None) ->
     for path in source_files(sources):
         stat = path.stat()
         name = f"{path}:{stat.st_size}:{stat.st_mtime_ns}:{image_root}"
-        shards += _READERS[path.suffix](path, name, image_root or path.parent, rows)
+        # Resolved, since the parent of a linked folder is not the one that its path names.
+        shards += _READERS[path.suffix](path, name, Path(image_root or path.parent).resolve(), rows)
     if not shards:
         raise CimError(f"{', '.join(map(str, sources))}: no rows in {', '.join(_READERS)} files; give others")
     return shards

@@ -112,10 +112,6 @@ class Gallery:
         digests = [self.table["digest"][row].as_py() if row >= 0 else "" for row in rows.tolist()]
         return self.all_rows_of(digests, "digest")
 
-    def text_embeddings(self) -> np.ndarray:
-        """(N, d) float32 caption embeddings, L2-normalised, all in memory."""
-        return unit(self.texts)
-
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
         """The k gallery rows whose captions are nearest to each query, best first.
 
@@ -131,7 +127,7 @@ class Gallery:
         """
         if queries.shape[1] != self.texts.shape[1]:
             raise CimError(f"{self.folder}: captions have {self.texts.shape[1]} dimensions, queries {queries.shape[1]}")
-        exclude = None if exclude is None else self.copies(exclude)
+        exclude = None if exclude is None or (exclude < 0).all() else self.copies(exclude)
         spare = 0 if exclude is None else exclude.shape[1]
         if not 1 <= k <= len(self) - spare:
             own = f", {'one' if spare == 1 else spare} of them the excluded source image" if spare else ""
@@ -143,7 +139,7 @@ class Gallery:
     def similarity(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(n, k) cosines of (n, d) queries with the captions of (n, k) rows."""
         if len(self) <= SMALL:
-            return np.take_along_axis(queries @ self.text_embeddings().T, rows, 1)
+            return np.take_along_axis(queries @ unit(self.texts).T, rows, 1)
         parts = blocks(len(rows), max(1, BLOCK // rows.shape[1]))
         return np.concatenate([cosines(queries[p], self.texts, rows[p]) for p in parts])
 
@@ -194,11 +190,7 @@ def load_gallery(
     folder = Path(folder)
     info = read_info(folder)
     for name, marks in info["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CimError(f"{path}: missing; rebuild the gallery")
-        if fingerprint(path, whole=verify) != marks["whole" if verify else "quick"]:
-            raise CimError(f"{path}: not the file that gallery.json describes; rebuild the gallery")
+        check_file(folder / name, marks, verify)
     arrays = []
     for file, name, encoder in ((TEXTS, "text_encoder", text), (IMAGES, "image_encoder", image)):
         built = info[name]
@@ -214,6 +206,15 @@ def load_gallery(
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise CimError(f"{folder / ROWS}: has no column '{missing[0]}', as of an older version; rebuild it")
     return Gallery(folder, info, table, *arrays, search)
+
+
+def check_file(path: Path, marks: dict[str, str], whole: bool = False) -> None:
+    """Compare a gallery's file with its fingerprints in gallery.json; CimError where it is missing or differs."""
+    fix = "rebuild it with 'cim gallery index'" if path.name in INDEXES else "rebuild the gallery"
+    if not path.is_file():
+        raise CimError(f"{path}: missing; {fix}")
+    if fingerprint(path, whole) != marks["whole" if whole else "quick"]:
+        raise CimError(f"{path}: not the file that gallery.json describes; {fix}")
 
 
 def read_info(folder: Path) -> dict:

@@ -1,7 +1,5 @@
 """Stage `captions`: greedy captions of the test images by the base model and by every run."""
 
-from pathlib import Path
-
 import numpy as np
 
 from cim import code
@@ -17,21 +15,16 @@ from cim.runs import BASE, all_runs
 
 
 def run(params: dict) -> None:
-    """Caption the splits with every run of the `runs` group."""
-    settings = group(CaptionSettings, params.get("captions"), "captions")
-    model = group(ModelSettings, params.get("model"), "model")
-    caption_runs(model, settings, all_runs(params["runs"]), ARTIFACTS / "train", RESULTS / "captions")
-
-
-def caption_runs(model: ModelSettings, settings: CaptionSettings, runs: list[str], trained: Path, out: Path) -> None:
-    """Write OUT/SPLIT/RUN.json, {image_id: caption}, for the base model and every run.
+    """Write results/captions/SPLIT/RUN.json, {image_id: caption}, for the base model and every run.
 
     Files that were made of the same weights, images, settings and code are kept, so that a kill or one new run costs
     only what is missing; files of other runs are removed.
     """
-    manifest = read_manifest(MANIFEST)
+    settings = group(CaptionSettings, params.get("captions"), "captions")
+    model = group(ModelSettings, params.get("model"), "model")
+    manifest, out = read_manifest(MANIFEST), RESULTS / "captions"
     parts = {split: manifest.split(split) for split in settings.splits}
-    sources = {BASE: model, **{run: model.at(trained / run) for run in runs}}
+    sources = {BASE: model, **{run: model.at(ARTIFACTS / "train" / run) for run in all_runs(params["runs"])}}
     mark = out / "made_of.json"
     made = read_json(mark) if mark.is_file() else {}
     given = {"captions": settings.model_dump(), "code": code.digest("cim.captioners.generate")}

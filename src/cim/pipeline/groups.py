@@ -14,7 +14,7 @@ from cim.evaluation import settings as evaluation
 from cim.gallery.settings import GallerySettings
 from cim.params import EncoderSettings, Settings, group
 from cim.rewards import RewardSettings
-from cim.runs import REWARDS, SFT_METHODS, all_runs, parse_run, with_variant
+from cim.runs import ON_SFT, REWARDS, SFT_METHODS, all_runs, parse_run, with_variant
 from cim.train.settings import ComputeSettings, SftSettings, TrainSettings
 from cim.world.settings import CaptionerSettings, EncoderTrainingSettings
 
@@ -75,7 +75,12 @@ def check_params(params: dict[str, Any]) -> None:
         changed, _ = with_variant(params, method)
         for name in variant.model_fields_set - {"of"}:
             group(GROUPS[name], changed[name], f"variants.{method}.{name}")
-    for run in all_runs(params["runs"]):
+    runs = params["runs"]
+    for run in (run for run in runs["grpo"] + runs["sft"] if parse_run(run)[0] == ON_SFT):
+        raise CimError(f"parameters: run '{run}' belongs in runs.on_sft, by its seed alone")
+    for seed in (seed for seed in runs["on_sft"] if f"sft-{seed}" not in runs["sft"]):
+        raise CimError(f"parameters: seed {seed} of runs.on_sft starts from run 'sft-{seed}'; add that to runs.sft")
+    for run in all_runs(runs):
         supervised = with_variant(params, parse_run(run)[0])[1] in SFT_METHODS
-        if supervised != (run in params["runs"]["sft"]):
+        if supervised != (run in runs["sft"]):
             raise CimError(f"parameters: run '{run}' belongs in runs.{'sft' if supervised else 'grpo'}")

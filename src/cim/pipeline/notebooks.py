@@ -55,16 +55,10 @@ def run_notebook(stage: str, parameters: dict, report: str) -> None:
     target, failed = REPORTS / f"{report}.ipynb", REPORTS / f"{report}.failed.ipynb"
     try:
         papermill.execute_notebook(
-            f"notebooks/{stage}.ipynb",
-            str(failed),
-            parameters=parameters,
-            kernel_name="python3",
-            progress_bar=False,
+            f"notebooks/{stage}.ipynb", str(failed), parameters=parameters, kernel_name="python3", progress_bar=False,
             config=Config(KERNEL),
-            # Progress also goes to the terminal, as it comes.
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+            stdout_file=sys.stdout, stderr_file=sys.stderr,  # progress also goes to the terminal, as it comes
+        )  # fmt: skip
     except PapermillExecutionError as error:
         what = error.evalue if error.ename == "CimError" else f"{error.ename}: {error.evalue}"
         raise CimError(f"{' '.join(what.split())[:500]} (see {failed})") from None

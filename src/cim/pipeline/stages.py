@@ -6,6 +6,7 @@ from cim.errors import CimError
 from cim.params import read_params
 from cim.pipeline.notebooks import NOTEBOOKS, notebook_parameters, run_notebook
 from cim.pipeline.paths import ARTIFACTS, RESULTS
+from cim.runs import BASE, all_runs
 
 MODULES = ("dataset", "encoder", "captioner", "captions", "site")
 STAGES = (*MODULES, *NOTEBOOKS)
@@ -18,6 +19,9 @@ def run(stage: str, training_run: str | None = None) -> None:
     check_params(params := read_params())
     for folder in (ARTIFACTS, RESULTS):  # later stages read them, without trained runs too
         (folder / "train").mkdir(parents=True, exist_ok=True)
+    known = [BASE, *all_runs(params["runs"])]
+    if stage == "samples" and (others := set(params["samples"]["models"]) - set(known)):
+        raise CimError(f"parameters: samples.models: '{min(others)}' is not among the runs, {', '.join(known)}")
     if stage in MODULES:
         import_module(f"cim.pipeline.{stage}").run(params)
         return

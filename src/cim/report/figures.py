@@ -20,7 +20,7 @@ from cim.images import open_image
 from cim.report.tables import TITLES, long_table
 from cim.runs import in_order, label
 
-SCORE_LABELS = {"grc": "GRC", "qir": "QIR", "cim": "CIM = GRC + QIR", "clipscore": "CLIPScore", "words": "words"}
+SCORE_LABELS = {"grc": "GRC", "qir": "QIR", "cim": "CIM", "clipscore": "CLIPScore", "words": "words"}
 COLORS = {
     "base": "#7f7f7f", "sft": "#8c6d31", "sft_perfect": "#d6b656", "cim": "#c0392b", "cim_on_sft": "#7d3c98",
     "grc": "#e08283", "qir": "#e67e22", "self_retrieval": "#2471a3", "clipscore": "#76a5d6", "empty": "#bbbbbb",
@@ -121,7 +121,8 @@ def density_figure(density: pd.DataFrame) -> Figure:
         ax.set(xscale="log", title=f"K = {k}", xlabel="gallery rows", ylabel="mean GRC")
         ax.set_xticks(part["rows"].unique(), part["rows"].unique(), rotation=40)
         ax.xaxis.set_minor_locator(NullLocator())
-    _legend(axes[-1])
+    if axes:  # none where every K is too large for the gallery
+        _legend(axes[-1])
     return figure
 
 
@@ -252,16 +253,17 @@ def best_of_figure(table: pd.DataFrame, measure: str) -> Figure:
     best = table[table["metric"].str.startswith("best_")]
     numbers = best["metric"].str.removeprefix("best_").astype(int)
     best = best.assign(n=numbers, score=best["score"].map(score_label))
-    models = best["model"].unique()
+    models, names = best["model"].unique(), best["score"].unique()
+    palette = dict(zip(names, sns.color_palette("husl", len(names)), strict=True)) | {"quality": "black"}
     figure, axes = _panels(len(models), 3, 3.6, 3.4, sharey=True)
     for ax, model in zip(axes, models, strict=True):
         part = best[best["model"] == model]
-        last = ax is axes[-1]
-        sns.lineplot(part, x="n", y="value", hue="score", style="score", markers=True, dashes=False, ax=ax, legend=last)
+        shown = {"palette": palette, "style": "score", "markers": True, "dashes": False, "legend": ax is axes[:3][-1]}
+        sns.lineplot(part, x="n", y="value", hue="score", ax=ax, **shown)
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(part["n"].unique()), sorted(part["n"].unique()))
         ax.set(title=f"captions of {model}", xlabel="N", ylabel=f"{measure} of the chosen")
-    _legend(axes[-1])
+    _legend(axes[:3][-1])
     return figure
 
 

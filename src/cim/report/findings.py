@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +86,7 @@ def verdicts(correlation: Mapping) -> pd.DataFrame:
 
 def verdict(interval: Sequence[float], at_least: float = 0.0) -> str:
     """What a 95 % interval says of a difference being above `at_least`: yes, no or undecided, as where it is null."""
-    return {"above": "yes", "below": "no"}.get(side(_numbers(interval), at_least), UNDECIDED)
+    return {"above": "yes", "below": "no"}.get(side(np.array(interval, float), at_least), UNDECIDED)
 
 
 def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]:
@@ -124,11 +123,6 @@ def claims(correlation: Mapping, facts: Mapping, capture: Mapping) -> list[dict]
             claim = f"CIM beats {label(rival)} on F1 of all facts, p < 0.05 after Holm's correction"
             rows.append((claim, RIVALS[rival], measured, verdict(paired["interval"]) if p < 0.05 else UNDECIDED))
     return [dict(zip(("claim", "source", "measured", "verdict"), row, strict=True)) for row in rows]
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """Of a metrics file, where null is an undefined number."""
-    return np.array(values, dtype=float)
 
 
 def correlation_findings(correlation: Mapping) -> str:

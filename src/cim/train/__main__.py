@@ -1,8 +1,8 @@
 """One training run. notebooks/train.ipynb starts it; by hand:
 
     accelerate launch --num_processes 1 --cpu -m cim.train --run cim-0              two CPU cores
-    accelerate launch --num_processes 1 -m cim.train --run cim-0                    one GPU
-    accelerate launch --num_processes 8 --mixed_precision bf16 -m cim.train --run cim-0    eight GPUs
+    accelerate launch --num_processes 1 --gpu_ids 0 -m cim.train --run cim-0        one GPU
+    accelerate launch --num_processes 8 -m cim.train --run cim-0                    eight GPUs
     torchrun --nproc_per_node 8 -m -- cim.train --run cim-0                         without accelerate's launcher
 
 A run is METHOD-SEED. The method is a reward (cim, grc, qir, self_retrieval, clipscore: GRPO), cim_on_sft (GRPO from the
@@ -37,6 +37,7 @@ def main() -> None:
     artifacts = Path("artifacts")
     with one_line_errors():
         params = read_params(arguments.params)
+        refuse_other_precision(params)
         trainer = sft if with_variant(params, parse_run(arguments.run)[0])[1] in SFT_METHODS else grpo
         if os.environ.get("RANK", "0") == "0":
             print(*plan(arguments.run, params, artifacts, int(os.environ.get("WORLD_SIZE", 1))), sep="\n", flush=True)
@@ -47,6 +48,13 @@ def main() -> None:
                 f"the GPU ran out of memory ({' '.join(str(error).split())[:120]}); lower compute.per_device or "
                 "model.max_pixels, or set compute.gradient_checkpointing, and rerun the same command to resume"
             ) from None
+
+
+def refuse_other_precision(params: dict) -> None:
+    """Refuse a precision of accelerate that would silently replace that of the parameters, which names the run."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16" if (params.get("train") or {}).get("bf16") else "no"):
+        raise CimError(f"accelerate's mixed precision is {asked}, which train.bf16 does not say; set the two alike")
 
 
 def _end_with_standard_input() -> None:

@@ -81,14 +81,10 @@ def train_captioner(
     # One process uses one GPU: on several, Trainer would multiply the batch and use up the examples too early.
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = Trainer(
-        trained,
-        arguments,
-        data_collator=collate,
-        train_dataset=examples(captions, settings),
-        optimizers=optimizer_and_schedule(trained, settings),
+        trained, arguments, data_collator=collate, train_dataset=examples(captions, settings),
+        optimizers=optimizer_and_schedule(trained, settings), callbacks=[checkpoints.MarkComplete()],
         compute_loss_func=partial(caption_loss, smoothing=settings.label_smoothing),
-        callbacks=[checkpoints.MarkComplete()],
-    )
+    )  # fmt: skip
     with fastvlm.features_as_pixels(tower):
         trainer.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
     model = trained.merge_and_unload() if settings.lora_rank else trained
@@ -101,11 +97,7 @@ def train_captioner(
 
 
 def build_captioner(settings: PhotoCaptionerSettings, captions: Iterable[str]):
-    """Model and processor; the projector is untrained, and without a language_model the decoder is.
-
-    Args:
-        captions: what a vocabulary is made of.
-    """
+    """Model and processor; the projector is untrained, as without a language_model the decoder of captions' words."""
     trunk = load_image_encoder(settings.vision_tower).model.cpu()
     cfg = trunk.pretrained_cfg
     if settings.language_model:
@@ -154,12 +146,13 @@ def load_language_model(name: str):
 
 
 def sentence(caption: str) -> str:
-    """The caption with one full stop at its end, as published captions often have it after a space.
+    """The caption with one full stop at its end, unless it asks or exclaims; published ones often have a space before.
 
     >>> sentence("A dog runs . ")
     'A dog runs.'
     """
-    return f"{caption.rstrip(' .')}."
+    text = caption.rstrip(" .")
+    return text if text.endswith(("?", "!")) else f"{text}."
 
 
 def examples(captions: list[list[str]], settings: PhotoCaptionerSettings) -> list[tuple[int, str]]:

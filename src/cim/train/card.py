@@ -5,8 +5,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
-from cim.captioners.settings import ModelSettings
-from cim.runs import SFT_METHODS, parse_run, with_variant
+from cim.train.settings import SHARED
 
 CARD = """---
 {head}
@@ -25,18 +24,20 @@ captions of the training images. The reward cannot teach what text retrieval ign
 SFT = "Fine-tuned on captions of the training images (`{}`)."
 
 
-def write_card(out: Path, run: str, model: ModelSettings, params: dict, images: int, state) -> None:
-    """Write OUT/README.md in the hub's format; `state` is the trainer's."""
-    method, seed = parse_run(run)
-    supervised = with_variant(params, method)[1] in SFT_METHODS
-    how, groups = (SFT, ("train", "sft")) if supervised else (GRPO, ("train", "reward", "encoders"))
+def write_card(job, state) -> None:
+    """Write the card of a trained Job in the hub's format; `state` is the trainer's."""
+    model, params = job.model_settings, job.params
+    how, shown = GRPO, {name: params[name] for name in ("train", "reward", "encoders")}
+    if job.sft:
+        read = {name: value for name, value in params["train"].items() if name in SHARED}
+        how, shown = SFT, {"train": read, "sft": params["sft"]}
     head = ModelCardData(
         base_model=None if Path(model.name).exists() else model.name,  # the hub refuses names that it does not have
-        library_name="transformers", pipeline_tag="image-text-to-text", tags=["cim", method],
+        library_name="transformers", pipeline_tag="image-text-to-text", tags=["cim", job.method],
     )  # fmt: skip
-    shown = yaml.safe_dump({name: params[name] for name in groups}, sort_keys=False)
     text = CARD.format(
-        head=head.to_yaml(), base=model.name, run=run, how=how.format(method), steps=state.global_step, images=images,
-        seed=seed, best=state.best_global_step or state.global_step, prompt=model.prompt, params=shown,
+        head=head.to_yaml(), base=model.name, run=job.run, how=how.format(job.method), steps=state.global_step,
+        images=len(job.images), seed=job.seed, best=state.best_global_step or state.global_step, prompt=model.prompt,
+        params=yaml.safe_dump(shown, sort_keys=False),
     )  # fmt: skip
-    (out / "README.md").write_text(text, encoding="utf-8")
+    (job.out / "README.md").write_text(text, encoding="utf-8")

@@ -186,7 +186,7 @@ class Job:
         write_json(self.out / "log.json", trainer.state.log_history, indent=0)
         if (folder / SAMPLES).is_file():
             shutil.copy(folder / SAMPLES, self.out / SAMPLES)
-        write_card(self.out, self.run, self.model_settings, self.params, len(self.images), trainer.state)
+        write_card(self, trainer.state)
 
     def _merge(self) -> None:
         """Write an adapter's merged weights where they are asked for and missing; cim_on_sft starts from sft's."""

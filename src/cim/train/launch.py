@@ -67,7 +67,10 @@ def configuration(accelerate: str | None) -> dict:
     """The content of a configuration file of accelerate, empty for None; CimError where it cannot be read."""
     fix = "name one of conf/accelerate, or null"
     with explained(f"parameters: compute.accelerate: {accelerate}: cannot be read", fix, OSError, yaml.YAMLError):
-        return yaml.safe_load(Path(accelerate).read_text(encoding="utf-8")) if accelerate else {}
+        content = yaml.safe_load(Path(accelerate).read_text(encoding="utf-8")) if accelerate else {}
+        if not isinstance(content, dict):
+            raise OSError("no mapping of options")
+        return content
 
 
 def processes(accelerate: str | None) -> int:

@@ -19,6 +19,8 @@ class StepLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
+        # Else a resumed run would go on with its checkpoint's, though another is given.
+        state.save_steps, state.eval_steps = args.save_steps, args.eval_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {**COLUMNS, **VALIDATION}

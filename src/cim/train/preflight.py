@@ -29,7 +29,7 @@ Size = namedtuple("Size", "total trained layers hidden vocabulary cache")
 
 
 def plan(run: str, params: dict, artifacts: Path, processes: int | None = None) -> list[str]:
-    """The lines of a dry run; CimError for everything that would stop the run before its first step."""
+    """The lines of a dry run; CimError for what is found to stop the run without loading its weights."""
     accelerate = (params.get("compute") or {}).get("accelerate")
     processes = processes or launch.processes(accelerate)
     job = Job(run, params, artifacts, launch.configuration(accelerate).get("distributed_type"))

@@ -43,13 +43,9 @@ def make_trainer(job: Job, folder: Path) -> Any:
 
     batches = sft_batches(job.sft, job.compute.sft_per_device, len(job.images), processes().num_processes)
     config = partial(
-        SFTConfig,
-        per_device_eval_batch_size=batches.per_device,
-        learning_rate=job.sft.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(5, batches.updates),
-        max_length=None,
-    )
+        SFTConfig, per_device_eval_batch_size=batches.per_device, max_length=None,
+        learning_rate=job.sft.lr, lr_scheduler_type="cosine", warmup_steps=min(5, batches.updates),
+    )  # fmt: skip
 
     def columns(images: Manifest) -> dict[str, list]:
         captions = labels(job, images)

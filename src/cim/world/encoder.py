@@ -162,12 +162,9 @@ def frozen_features(embed: Callable[[torch.Tensor], torch.Tensor], pixels: torch
 
 
 def train_clip(
-    model: nn.Module,
-    pooled: torch.Tensor,
-    captions: list[str],
-    settings: EncoderTrainingSettings,
+    model: nn.Module, pooled: torch.Tensor, captions: list[str], settings: EncoderTrainingSettings,
     captioned: int | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """Contrastive training of the image head and the text tower on (n, c) features of the locked trunk.
 
     Args:

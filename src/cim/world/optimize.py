@@ -55,14 +55,9 @@ def muon(model: nn.Module, lr: float, weight_decay: float) -> tuple[Muon, AdamW]
 
 
 def minimize(
-    optimizers: Sequence[Optimizer],
-    loss_of: Callable[[Any], torch.Tensor],
-    batches: Iterable[Any],
-    steps: int,
-    warmup: float,
-    name: str,
-    max_norm: float = math.inf,
-) -> list[float]:
+    optimizers: Sequence[Optimizer], loss_of: Callable[[Any], torch.Tensor], batches: Iterable[Any], steps: int,
+    warmup: float, name: str, max_norm: float = math.inf,
+) -> list[float]:  # fmt: skip
     """One update for each of `steps` batches, gradients clipped to `max_norm`; returns the losses.
 
     Learning rates rise from 0 to the optimizers' own in the first `warmup` of the steps and decay as a cosine.

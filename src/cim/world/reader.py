@@ -87,6 +87,8 @@ def _find(graph: CaptionGraph, noun: str) -> int | None:
 def answer(question: str, caption: CaptionGraph) -> str:
     """yes, no, or n/a if the caption states nothing on the matter, or contradicts itself.
 
+    Of several objects that a noun may name the last one counts.
+
     Raises:
         ValueError: for a question that is not of the small world's five forms.
     """
@@ -106,9 +108,7 @@ def _statements(caption: CaptionGraph, kind: str, *words: str) -> tuple[Collecti
         return {r if x == a else INVERSE[r] for x, r, y in caption.relations if {x, y} == {a, b}}, FACT_OF[words[1]]
     noun, value = words
     if kind == "name":
-        index = _find(caption, noun)
-        named = index is not None and caption.objects[index].noun in FAMILY_OF
-        return [caption.objects[index].noun] if named else [], value
+        return {o.noun for o in caption.objects if noun in generalisations(o.noun)} & FAMILY_OF.keys(), value
     index = _referent(caption, noun)
     return [] if index is None else getattr(caption.objects[index], kind), FACT_OF[value]
 

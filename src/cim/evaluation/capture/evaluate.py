@@ -11,7 +11,7 @@ from cim.data.labels import Labels
 from cim.evaluation.capture.graphs import SceneGraph
 from cim.evaluation.capture.matching import MODES, Encode, Sample, Similarity, relations_recalled, score
 from cim.evaluation.capture.parsers import Parser
-from cim.evaluation.capture.readers import AlwaysYes, Reader, question_scores, read_all
+from cim.evaluation.capture.readers import YES, Reader, question_scores, read_all
 from cim.evaluation.capture.synonyms import WordNet
 from cim.evaluation.statistics import Bootstrap, Estimate, holm, kendall, kendall_within, ratio, varies
 
@@ -39,16 +39,9 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    captions: Captions,
-    labels: Labels,
-    parser: Parser,
-    encode: Encode,
-    wordnet: WordNet | None,
-    reader: Reader | None = None,
-    retrieval: Retrieval | None = None,
-    seed: int = 0,
-    resamples: int = 10_000,
-) -> Evaluation:
+    captions: Captions, labels: Labels, parser: Parser, encode: Encode, wordnet: WordNet | None,
+    reader: Reader | None = None, retrieval: Retrieval | None = None, seed: int = 0, resamples: int = 10_000,
+) -> Evaluation:  # fmt: skip
     """Score the captions of each method, in both modes, and compare the methods with the first.
 
     A bootstrap resample draws images, the same for every method, and each method's seeds.
@@ -91,8 +84,8 @@ def evaluate(
         metrics["correlations"] = _correlations(images, rng, min(resamples, 200))
     answers = pd.DataFrame()
     if labels.questions:
-        always = read_all(AlwaysYes(), labels.references, labels.questions)
-        metrics["questions"] = {AlwaysYes.name: question_scores(always)}
+        always = [(answer, YES) for asked in labels.questions.values() for answer in asked.values()]
+        metrics["questions"] = {"always yes": question_scores(pd.DataFrame(always, columns=["expected", "given"]))}
         if reader is not None:
             metrics["reader"] = reader.name
             answers = pd.concat(

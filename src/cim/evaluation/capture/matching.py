@@ -166,11 +166,9 @@ def relations_recalled(sample: Sample, similarity: Similarity) -> list[tuple[str
     """For each relation of the reference: its word, whether the caption states the same triple (1 or 0; synonyms
     count), and what strict mode credits."""
     ours, true = sample.candidate.relations, sample.reference.relations
-    credit = {
-        j: (float(similarity.alike(ours[i], true[j], substrings=False)), float(value))
-        for i, j, value in zip(*similarity.assign(ours, true), strict=True)
-    }
-    return [(triple[1], *credit.get(j, (0.0, 0.0))) for j, triple in enumerate(true)]
+    credit = {j: float(value) for _, j, value in zip(*similarity.assign(ours, true), strict=True)}
+    stated = [any(similarity.alike(own, triple, substrings=False) for own in ours) for triple in true]
+    return [(triple[1], float(stated[j]), credit.get(j, 0.0)) for j, triple in enumerate(true)]
 
 
 def _aligned(asked: Mapping, given: Mapping, similarity: Similarity, mode: str) -> list[tuple[str, str, float]]:

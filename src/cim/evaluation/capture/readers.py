@@ -1,4 +1,4 @@
-"""Yes/no questions answered from a caption alone: by a local language model, by one behind a server, and a control."""
+"""Yes/no questions answered from a caption alone: by a local language model, or one behind a server."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -39,15 +39,6 @@ def parse_answer(text: str) -> str:
 
 def _chat(caption: str, question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": PROMPT.format(caption=caption, question=question)}]
-
-
-class AlwaysYes:
-    """The control that ignores the caption."""
-
-    name = "always yes"
-
-    def answer(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        return [YES] * len(pairs)
 
 
 class TransformersReader:
