@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +26,7 @@ from cim.runs import REWARDS
 from cim.scorer import RewardSettings, Scorer
 from cim.train.reward import trl_reward
 from cim.train.settings import TrainSettings
+from conftest import with_copy
 
 TRAIN = TrainSettings(
     split="train", steps=1, save_every=1, images_per_step=1, group_size=2, lr=1e-4, kl=0.0, temperature=1.0,
@@ -140,11 +140,9 @@ def test_drop_excluded():
 
 
 def test_rows_of_what_several_rows_hold(gallery):
-    digests = gallery.rows["digest"]
-    copied = replace(
-        gallery,
-        table=gallery.table.set_column(3, "digest", pa.array(digests[[0, 1, 0, 1, 0, *range(5, len(gallery))]])),
-    )
+    digests, copied = gallery.rows["digest"], gallery
+    for row, of in ((2, 0), (3, 1), (4, 0)):
+        copied = with_copy(copied, row, of)
     assert copied.all_rows_of([digests[1], "none", digests[0]], "digest").tolist() == [[1, 3, -1], [-1] * 3, [0, 2, 4]]
     assert copied.rows_of([digests[1], "none", digests[0]], "digest").tolist() == [1, -1, 0]
     assert copied.rows_of([]).tolist() == []

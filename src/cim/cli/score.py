@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from cim.errors import CimError
+from cim.files import refuse_folder
 
 
 def add_commands(commands) -> None:
@@ -66,7 +67,6 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _rerank(arguments: argparse.Namespace) -> None:
-    from cim.files import refuse_folder
     from cim.score_files import best_captions, check_outputs, score_files, summary, write_scores
 
     refuse_folder(out := arguments.out)
@@ -89,7 +89,7 @@ def _judge(arguments: argparse.Namespace) -> None:
     from cim.evaluation.judgements import agreement_with_people, load_judgements
     from cim.evaluation.settings import BootstrapSettings
     from cim.evaluation.statistics import with_interval
-    from cim.files import refuse_folder, write_metrics
+    from cim.files import write_metrics
     from cim.params import group
 
     refuse_folder(out := arguments.out)
